@@ -1,0 +1,194 @@
+"""THE column table: what an event is, column by column, and every schema that follows from it.
+
+What lives here: ``COLUMNS`` and the schemas derived from it, and nothing that reads or writes. The SQL projection
+(``changelog/``), the validation rules (``validate.py``), the Delta schema (``lake.py``), the wire schema (``encoding.py``) and
+the table in ``docs/`` are derived from this list; a column is added here and nowhere else.
+
+Source of the format: FraiseQL's change-log contract (`docs/architecture/change-log-contract.md` upstream) and its Arrow event
+schema. Values keep the bytes Postgres prints: JSON is never parsed and printed again.
+
+Invariants
+ 1. The first eight columns, in order, are the stream that a plain ticket gets.
+ 2. SQL NULL of ``object_data`` becomes the JSON text ``null``; a delete carries its image from before, else the one after, else ``{}``.
+ 3. A value that no column can hold (an unknown verb, an infinite time, a nested array) makes its column null and is kept as JSON in
+    ``raw``; a row with ``raw`` is always quarantined, so nothing is altered silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+TIMESTAMP = pa.timestamp("us", "UTC")
+EVENT_TYPES = ("Created", "Updated", "Deleted", "Custom")
+#: Upper-cased ``modification_type`` → ``event_type``. Anything else is not an event and is quarantined.
+VERBS = {"INSERT": "Created", "UPDATE": "Updated", "DELETE": "Deleted", "CUSTOM": "Custom", "NOOP": "Custom", "READ": "Custom"}
+UUID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+
+Part = Literal["event", "envelope", "derived"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the lake.
+
+    ``source`` names the columns of the change log it is made from: none for a derived column. ``sql`` is the expression over them;
+    ``None`` stands for "the column itself, as it is". ``required`` columns must exist in the source; the others are null where an
+    older change log lacks them.
+    """
+
+    name: str
+    type: pa.DataType
+    nullable: bool
+    part: Part
+    source: tuple[str, ...]
+    doc: str
+    sql: str | None = None
+    required: bool = False
+
+    @property
+    def field(self) -> pa.Field:
+        return pa.field(self.name, self.type, nullable=self.nullable)
+
+
+def _in_range(column: str) -> str:
+    """Infinity and years that Arrow's microseconds cannot hold wrap to wrong values in the driver, so they never reach it."""
+    return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '9999-12-31 00:00:00+00' THEN {column} END"
+
+
+_VERB = "upper(modification_type)"
+_EVENT_TYPE = "CASE " + _VERB + "".join(f" WHEN '{verb}' THEN '{event}'" for verb, event in VERBS.items()) + " END"
+_DATA = (
+    f"CASE {_VERB} WHEN 'DELETE' THEN coalesce(object_data_before::text, object_data::text, '{{}}')"
+    " ELSE coalesce(object_data::text, 'null') END"
+)
+
+COLUMNS: tuple[Column, ...] = (
+    Column("event_id", pa.string(), False, "event", ("id",), "public id of the event, a UUID", "id::text", required=True),
+    Column(
+        "event_type",
+        pa.string(),
+        False,
+        "event",
+        ("modification_type",),
+        "`Created`, `Updated`, `Deleted` or `Custom`",
+        _EVENT_TYPE,
+        required=True,
+    ),
+    Column("entity_type", pa.string(), False, "event", ("object_type",), "GraphQL type of the entity", "object_type::text", required=True),
+    Column(
+        "entity_id", pa.string(), False, "event", ("object_id",), "public id of the entity, a UUID", "object_id::text", required=True
+    ),
+    Column(
+        "timestamp",
+        TIMESTAMP,
+        False,
+        "event",
+        ("created_at",),
+        "start of the writing transaction, or what the producer set; nanoseconds on the wire",
+        _in_range("created_at"),
+        required=True,
+    ),
+    Column(
+        "data",
+        pa.string(),
+        False,
+        "event",
+        ("object_data", "object_data_before", "modification_type"),
+        "JSON text of the entity after the change; of a deleted entity, before it",
+        _DATA,
+        required=True,
+    ),
+    Column("user_id", pa.string(), True, "event", ("fk_contact",), "acting contact", "fk_contact::text"),
+    Column("org_id", pa.string(), True, "event", ("tenant_id",), "tenant, a UUID", "tenant_id::text", required=True),
+    Column("pk", pa.int64(), False, "envelope", ("pk_entity_change_log",), "internal key; orders events of one instant", required=True),
+    Column("seq", pa.int64(), True, "envelope", ("seq",), "upstream's change number"),
+    Column(
+        "data_before",
+        pa.string(),
+        True,
+        "envelope",
+        ("object_data_before",),
+        "JSON text of the entity before the change",
+        "object_data_before::text",
+    ),
+    Column(
+        "updated_fields",
+        pa.list_(pa.field("element", pa.string())),
+        True,
+        "envelope",
+        ("updated_fields",),
+        "names of the changed fields",
+        "CASE WHEN coalesce(array_ndims(updated_fields), 0) <= 1 THEN updated_fields END",
+    ),
+    Column("change_status", pa.string(), True, "envelope", ("change_status",), "written by the capture trigger"),
+    Column("actor_type", pa.string(), True, "envelope", ("actor_type",), "human_user, service_account, ai_agent or system_job"),
+    Column(
+        "acting_for", pa.string(), True, "envelope", ("acting_for",), "on whose behalf an agent acted, a UUID", "acting_for::text"
+    ),
+    Column("schema_version", pa.string(), True, "envelope", ("schema_version",), "hash of FraiseQL's compiled schema"),
+    Column("trace_id", pa.string(), True, "envelope", ("trace_id",), "W3C trace id"),
+    Column("duration_ms", pa.int32(), True, "envelope", ("duration_ms",), "length of the mutation in milliseconds"),
+    Column(
+        "started_at", TIMESTAMP, True, "envelope", ("started_at",), "database clock when the mutation began", _in_range("started_at")
+    ),
+    Column(
+        "commit_time", TIMESTAMP, True, "envelope", ("commit_time",), "database clock at the insert", _in_range("commit_time")
+    ),
+    Column(
+        "cdc_source",
+        pa.string(),
+        True,
+        "envelope",
+        ("extra_metadata",),
+        "`fallback_trigger` for a write that went past FraiseQL",
+        "CASE WHEN jsonb_typeof(extra_metadata -> 'cdc_source') = 'string' THEN extra_metadata ->> 'cdc_source' END",
+    ),
+    Column(
+        "extra_metadata", pa.string(), True, "envelope", ("extra_metadata",), "JSON text, as the producer wrote it", "extra_metadata::text"
+    ),
+    Column("cascade", pa.string(), True, "envelope", ("cascade",), "JSON text of graphql-cascade", '"cascade"::text'),
+    Column("event_date", pa.date32(), False, "derived", (), "UTC date of `timestamp`; the partition column"),
+)
+
+#: What a row kept that no column could hold: JSON text, null for a sound row. Extracted, never stored in ``events``.
+RAW = Column(
+    "raw",
+    pa.string(),
+    True,
+    "derived",
+    ("modification_type", "created_at", "started_at", "commit_time", "updated_fields"),
+    "JSON of the values that fit no column, exactly as Postgres prints them",
+)
+
+EVENT_SCHEMA = pa.schema([c.field for c in COLUMNS if c.part == "event"])
+"""The eight columns of an event as the lake holds them (timestamp in microseconds)."""
+
+WIRE_SCHEMA = pa.schema(
+    [f if f.name != "timestamp" else pa.field("timestamp", pa.timestamp("ns", "UTC"), nullable=False) for f in EVENT_SCHEMA]
+)
+"""The eight columns of an event as Flight sends them: the plan's schema, timestamp in nanoseconds."""
+
+EXTRACTED: tuple[Column, ...] = (*(c for c in COLUMNS if c.part != "derived"), RAW)
+"""What one row of the change log becomes: the lake's columns but the derived one, and ``raw``."""
+
+BATCH_SCHEMA = pa.schema([pa.field(c.name, c.type) for c in EXTRACTED])
+"""A batch as read: every column nullable, because a bad row must be seen to be quarantined."""
+
+LAKE_SCHEMA = pa.schema([c.field for c in COLUMNS])
+"""The table ``events``, in this column order."""
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        *BATCH_SCHEMA,
+        pa.field("reasons", pa.list_(pa.field("element", pa.string())), nullable=False),
+        pa.field("window", pa.string(), nullable=False),
+        pa.field("event_date", pa.date32(), nullable=False),
+    ]
+)
+"""The table ``events_quarantine``: the row as read, why it was rejected (``column:rule``, sorted), the window and its date."""
+
+ORDER = ("timestamp", "pk")
+"""The order of events everywhere: in a window, in a file's row groups, in a stream."""
