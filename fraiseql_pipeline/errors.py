@@ -18,8 +18,14 @@ statuses are made in ``flight/``, Dagster failures in ``assets/``; those two edg
     │   ├── LakeConflict              5          yes    other writers won every attempt
     │   ├── LakeDamaged               5          no     the log or a data file is torn; ``fsck`` tells
     │   ├── WindowShrinks             5          no     a re-run would lower a window's rows
-    │   └── WindowMissing             5          no     a hole in the asked range; carries the windows
-    └── FlightUnavailable             6          yes    the Flight server did not answer, or a stream broke off
+    │   ├── WindowMissing             5          no     a hole in the asked range; carries the windows
+    │   └── LakeEmpty                 5          no     nothing was published yet
+    ├── FlightUnavailable             6          yes    the Flight server did not answer, or a stream broke off
+    │   └── FlightBusy                6          yes    … it is at a limit of its own; carries when to try again
+    └── FlightRefused                 6          no     the Flight server refuses the call
+        ├── NotAuthenticated          6          no     … it does not know who calls
+        ├── NotAllowed                6          no     … who calls may not do this
+        └── NotOffered                6          no     … it has no such call
 
 A message is one sentence or two: what failed, with which value, what to do. It never holds a DSN, a path of the server, SQL
 text or a value out of an event, so it may be logged and sent to clients as it is.
@@ -108,6 +114,38 @@ class WindowMissing(LakeError):
         self.missing = tuple(missing)
 
 
+class LakeEmpty(LakeError):
+    pass
+
+
 class FlightUnavailable(PipelineError):
     exit_code = 6
     retryable = True
+
+
+class FlightBusy(FlightUnavailable):
+    """``retry_after_seconds``: when the same call may succeed; None when nobody knows."""
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class FlightRefused(PipelineError):
+    exit_code = 6
+
+
+class NotAuthenticated(FlightRefused):
+    """``reason``: one word for metrics and the audit log; a client is never told it."""
+
+    def __init__(self, message: str, reason: str = "unknown") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NotAllowed(FlightRefused):
+    pass
+
+
+class NotOffered(FlightRefused):
+    pass

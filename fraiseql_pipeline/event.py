@@ -28,6 +28,8 @@ VERBS = {"INSERT": "Created", "UPDATE": "Updated", "DELETE": "Deleted", "CUSTOM"
 UUID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 Part = Literal["event", "envelope", "derived"]
+#: What values keep beyond their type and nullability; ``validate.py`` says what each of them means.
+Rule = Literal["uuid", "verb", "name", "window", "absent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Column:
 
     ``source`` names the columns of the change log it is made from: none for a derived column. ``sql`` is the expression over them;
     ``None`` stands for "the column itself, as it is". ``required`` columns must exist in the source; the others are null where an
-    older change log lacks them.
+    older change log lacks them. ``rule`` is what the values must keep for the event to be accepted.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Column:
     doc: str
     sql: str | None = None
     required: bool = False
+    rule: Rule | None = None
 
     @property
     def field(self) -> pa.Field:
@@ -58,15 +61,36 @@ def _in_range(column: str) -> str:
     return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '9999-12-31 00:00:00+00' THEN {column} END"
 
 
+def _out_of_range(column: str) -> str:
+    """True where ``_in_range`` drops a value; null for null."""
+    return f"({column} < '0001-01-01 00:00:00+00' OR {column} >= '9999-12-31 00:00:00+00')"
+
+
+# Verbs are compared as written first: upper() is collation-aware and cost 0.25 of 4.1 µs per row of the server's own COPY.
 _VERB = "upper(modification_type)"
-_EVENT_TYPE = "CASE " + _VERB + "".join(f" WHEN '{verb}' THEN '{event}'" for verb, event in VERBS.items()) + " END"
+_VERB_LIST = ", ".join(f"'{verb}'" for verb in VERBS)
+_IS_VERB = f"(modification_type IN ({_VERB_LIST}) OR {_VERB} IN ({_VERB_LIST}))"
+_IS_DELETE = f"(modification_type = 'DELETE' OR modification_type NOT IN ('INSERT', 'UPDATE') AND {_VERB} = 'DELETE')"
+_EVENT_CASES = "".join(f" WHEN '{verb}' THEN '{event}'" for verb, event in VERBS.items())
+_EVENT_TYPE = f"CASE modification_type{_EVENT_CASES} ELSE CASE {_VERB}{_EVENT_CASES} END END"
 _DATA = (
-    f"CASE {_VERB} WHEN 'DELETE' THEN coalesce(object_data_before::text, object_data::text, '{{}}')"
+    f"CASE WHEN {_IS_DELETE} THEN coalesce(object_data_before::text, object_data::text, '{{}}')"
     " ELSE coalesce(object_data::text, 'null') END"
+)
+_TIMES = ("created_at", "started_at", "commit_time")
+#: The sound row is decided by comparisons alone (4 % of the server's own COPY); JSON is built for the others only.
+_RAW = (
+    f"CASE WHEN NOT {_IS_VERB} OR {' OR '.join(_out_of_range(time) for time in _TIMES)} OR array_ndims(updated_fields) > 1"
+    " THEN json_strip_nulls(json_build_object("
+    f"'modification_type', CASE WHEN NOT {_IS_VERB} THEN modification_type END, "
+    + ", ".join(f"'{time}', CASE WHEN {_out_of_range(time)} THEN {time}::text END" for time in _TIMES)
+    + ", 'updated_fields', CASE WHEN array_ndims(updated_fields) > 1 THEN to_json(updated_fields) END))::text END"
 )
 
 COLUMNS: tuple[Column, ...] = (
-    Column("event_id", pa.string(), False, "event", ("id",), "public id of the event, a UUID", "id::text", required=True),
+    Column(
+        "event_id", pa.string(), False, "event", ("id",), "public id of the event, a UUID", "id::text", required=True, rule="uuid"
+    ),
     Column(
         "event_type",
         pa.string(),
@@ -76,10 +100,29 @@ COLUMNS: tuple[Column, ...] = (
         "`Created`, `Updated`, `Deleted` or `Custom`",
         _EVENT_TYPE,
         required=True,
+        rule="verb",
     ),
-    Column("entity_type", pa.string(), False, "event", ("object_type",), "GraphQL type of the entity", "object_type::text", required=True),
     Column(
-        "entity_id", pa.string(), False, "event", ("object_id",), "public id of the entity, a UUID", "object_id::text", required=True
+        "entity_type",
+        pa.string(),
+        False,
+        "event",
+        ("object_type",),
+        "GraphQL type of the entity",
+        "object_type::text",
+        required=True,
+        rule="name",
+    ),
+    Column(
+        "entity_id",
+        pa.string(),
+        False,
+        "event",
+        ("object_id",),
+        "public id of the entity, a UUID",
+        "object_id::text",
+        required=True,
+        rule="uuid",
     ),
     Column(
         "timestamp",
@@ -90,6 +133,7 @@ COLUMNS: tuple[Column, ...] = (
         "start of the writing transaction, or what the producer set; nanoseconds on the wire",
         _in_range("created_at"),
         required=True,
+        rule="window",
     ),
     Column(
         "data",
@@ -102,8 +146,10 @@ COLUMNS: tuple[Column, ...] = (
         required=True,
     ),
     Column("user_id", pa.string(), True, "event", ("fk_contact",), "acting contact", "fk_contact::text"),
-    Column("org_id", pa.string(), True, "event", ("tenant_id",), "tenant, a UUID", "tenant_id::text", required=True),
-    Column("pk", pa.int64(), False, "envelope", ("pk_entity_change_log",), "internal key; orders events of one instant", required=True),
+    Column("org_id", pa.string(), True, "event", ("tenant_id",), "tenant, a UUID", "tenant_id::text", required=True, rule="uuid"),
+    Column(
+        "pk", pa.int64(), False, "envelope", ("pk_entity_change_log",), "internal key; orders events of one instant", required=True
+    ),
     Column("seq", pa.int64(), True, "envelope", ("seq",), "upstream's change number"),
     Column(
         "data_before",
@@ -121,22 +167,34 @@ COLUMNS: tuple[Column, ...] = (
         "envelope",
         ("updated_fields",),
         "names of the changed fields",
-        "CASE WHEN coalesce(array_ndims(updated_fields), 0) <= 1 THEN updated_fields END",
+        # The slice counts from 1 again: the driver refuses arrays that count from elsewhere.
+        "CASE WHEN array_ndims(updated_fields) > 1 THEN NULL WHEN array_lower(updated_fields, 1) <> 1 THEN updated_fields[:] ELSE updated_fields END",
     ),
     Column("change_status", pa.string(), True, "envelope", ("change_status",), "written by the capture trigger"),
     Column("actor_type", pa.string(), True, "envelope", ("actor_type",), "human_user, service_account, ai_agent or system_job"),
     Column(
-        "acting_for", pa.string(), True, "envelope", ("acting_for",), "on whose behalf an agent acted, a UUID", "acting_for::text"
+        "acting_for",
+        pa.string(),
+        True,
+        "envelope",
+        ("acting_for",),
+        "on whose behalf an agent acted, a UUID",
+        "acting_for::text",
+        rule="uuid",
     ),
     Column("schema_version", pa.string(), True, "envelope", ("schema_version",), "hash of FraiseQL's compiled schema"),
     Column("trace_id", pa.string(), True, "envelope", ("trace_id",), "W3C trace id"),
     Column("duration_ms", pa.int32(), True, "envelope", ("duration_ms",), "length of the mutation in milliseconds"),
     Column(
-        "started_at", TIMESTAMP, True, "envelope", ("started_at",), "database clock when the mutation began", _in_range("started_at")
+        "started_at",
+        TIMESTAMP,
+        True,
+        "envelope",
+        ("started_at",),
+        "database clock when the mutation began",
+        _in_range("started_at"),
     ),
-    Column(
-        "commit_time", TIMESTAMP, True, "envelope", ("commit_time",), "database clock at the insert", _in_range("commit_time")
-    ),
+    Column("commit_time", TIMESTAMP, True, "envelope", ("commit_time",), "database clock at the insert", _in_range("commit_time")),
     Column(
         "cdc_source",
         pa.string(),
@@ -147,7 +205,13 @@ COLUMNS: tuple[Column, ...] = (
         "CASE WHEN jsonb_typeof(extra_metadata -> 'cdc_source') = 'string' THEN extra_metadata ->> 'cdc_source' END",
     ),
     Column(
-        "extra_metadata", pa.string(), True, "envelope", ("extra_metadata",), "JSON text, as the producer wrote it", "extra_metadata::text"
+        "extra_metadata",
+        pa.string(),
+        True,
+        "envelope",
+        ("extra_metadata",),
+        "JSON text, as the producer wrote it",
+        "extra_metadata::text",
     ),
     Column("cascade", pa.string(), True, "envelope", ("cascade",), "JSON text of graphql-cascade", '"cascade"::text'),
     Column("event_date", pa.date32(), False, "derived", (), "UTC date of `timestamp`; the partition column"),
@@ -160,7 +224,9 @@ RAW = Column(
     True,
     "derived",
     ("modification_type", "created_at", "started_at", "commit_time", "updated_fields"),
-    "JSON of the values that fit no column, exactly as Postgres prints them",
+    "JSON of the values that fit no column, as Postgres prints them; of a row that cannot be sent, why, and its stored sizes",
+    _RAW,
+    rule="absent",
 )
 
 EVENT_SCHEMA = pa.schema([c.field for c in COLUMNS if c.part == "event"])
@@ -184,7 +250,7 @@ QUARANTINE_SCHEMA = pa.schema(
     [
         *BATCH_SCHEMA,
         pa.field("reasons", pa.list_(pa.field("element", pa.string())), nullable=False),
-        pa.field("window", pa.string(), nullable=False),
+        pa.field("window_key", pa.string(), nullable=False),
         pa.field("event_date", pa.date32(), nullable=False),
     ]
 )

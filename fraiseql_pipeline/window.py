@@ -36,6 +36,9 @@ class WindowSize(StrEnum):
         return "%Y-%m-%d-%H:%M" if self is WindowSize.HOUR else "%Y-%m-%d"
 
 
+_LAST = datetime.max.replace(tzinfo=UTC)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Window:
     """A half-open UTC interval of one hour or one day that starts on its own boundary."""
@@ -46,8 +49,14 @@ class Window:
     def __post_init__(self) -> None:
         if self.start.tzinfo is None or self.start.utcoffset() != timedelta(0):
             raise WindowError(f"A window must start at a UTC time, got {self.start.isoformat()}.")
+        # Zones that happen to be at UTC at this instant (London in winter) would count the hours of a day by their own clock.
+        object.__setattr__(self, "start", self.start.astimezone(UTC))
         if _floor(self.start, self.size) != self.start:
             raise WindowError(f"A window of one {self.size} must start on the {self.size}, got {self.start.isoformat()}.")
+        if self.start > _LAST - self.size.duration:
+            raise WindowError(
+                f"A window must end in the years 1 to 9999, got one of one {self.size} from {self.start.isoformat()}."
+            )
 
     @property
     def end(self) -> datetime:
@@ -55,7 +64,8 @@ class Window:
 
     @property
     def key(self) -> str:
-        return self.start.strftime(self.size.key_format)
+        # Not strftime alone: it prints years before 1000 with fewer than four digits.
+        return self.start.date().isoformat() + (f"-{self.start:%H:%M}" if self.size is WindowSize.HOUR else "")
 
     def __str__(self) -> str:
         return self.key
@@ -73,7 +83,7 @@ class Window:
                 continue
             if window.key == key:
                 return window
-        raise WindowError(f"A window key must look like 2026-11-01-13:00 (hour) or 2026-11-01 (day), got {key!r}.")
+        raise WindowError(f"A window key must look like 2026-11-01-13:00 (hour) or 2026-11-01 (day), got {key[:64]!r}.")
 
     @classmethod
     def holding(cls, at: datetime, size: WindowSize) -> Window:
@@ -86,8 +96,9 @@ def tile(start: datetime, end: datetime, size: WindowSize) -> Iterator[Window]:
     start, end = as_utc(start), as_utc(end)
     at = _floor(start, size)
     while at < end:
-        yield Window(at, size)
-        at += size.duration
+        window = Window(at, size)
+        yield window
+        at = window.end
 
 
 def as_utc(at: datetime) -> datetime:

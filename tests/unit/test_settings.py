@@ -1,0 +1,198 @@
+"""The environment wins over the file, all problems are told at once, and no message repeats what may be a secret."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import WindowSize
+
+SECRET = "hunter2-canary"
+
+
+@pytest.fixture(autouse=True)
+def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("FRAISEQL_")]:
+        monkeypatch.delenv(name)
+
+
+def refusal(config: Path | None = None, **overrides: Any) -> str:
+    with pytest.raises(SettingsError) as refused:
+        Settings.load(config, **overrides)
+    assert refused.value.__cause__ is None
+    return str(refused.value)
+
+
+def write(directory: Path, text: str) -> Path:
+    config = directory / "settings.toml"
+    config.write_text(text)
+    return config
+
+
+def test_nothing_needs_to_be_set() -> None:
+    chosen = Settings.load()
+    assert chosen.database_url is None
+    assert (chosen.window, chosen.start) == (WindowSize.HOUR, datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAISEQL_WINDOW", "day")
+    monkeypatch.setenv("FRAISEQL_START", "2026-02-01")
+    monkeypatch.setenv("FRAISEQL_LAKE_OPTIONS", '{"AWS_REGION": "eu-west-1"}')
+    monkeypatch.setenv("FRAISEQL_DATABASE_URL", " postgresql://db/app ")
+    chosen = Settings.load()
+    assert chosen.window is WindowSize.DAY
+    assert chosen.start == datetime(2026, 2, 1, tzinfo=UTC)
+    assert chosen.lake_options == {"AWS_REGION": "eu-west-1"}
+    assert chosen.database_url == "postgresql://db/app"
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAISEQL_DATABASE_URL", "")
+    monkeypatch.setenv("FRAISEQL_WINDOW", "")
+    assert Settings.load() == Settings()
+
+
+def test_arguments_win_over_the_environment_and_that_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, 'lake_uri = "file"\nread_connections = 3\nwindow = "day"\n[lake_options]\nAWS_REGION = "eu"\n')
+    monkeypatch.setenv("FRAISEQL_LAKE_URI", "environment")
+    monkeypatch.setenv("FRAISEQL_READ_CONNECTIONS", "4")
+    chosen = Settings.load(config, lake_uri="argument")
+    assert (chosen.lake_uri, chosen.read_connections, chosen.window, chosen.lake_options) == (
+        "argument",
+        4,
+        "day",
+        {"AWS_REGION": "eu"},
+    )
+    assert isinstance(chosen, Settings)
+
+
+def test_a_file_leaves_no_trace_in_the_next_load(tmp_path: Path) -> None:
+    Settings.load(write(tmp_path, 'lake_uri = "file"'))
+    assert Settings.load().lake_uri == Settings().lake_uri != "file"
+
+
+@pytest.mark.parametrize(
+    "said", ["2026-02-01", "2026-02-01T00:00:00", "2026-02-01T00:00:00Z", "2026-02-01 00:00:00", "2026-02-01T01:00:00+01:00"]
+)
+def test_a_start_is_an_instant_in_utc_however_it_is_written(said: str, tmp_path: Path) -> None:
+    quoted, bare = Settings.load(write(tmp_path, f'start = "{said}"')), Settings.load(write(tmp_path, f"start = {said}"))
+    assert quoted.start == bare.start == Settings.load(start=said).start == datetime(2026, 2, 1, tzinfo=UTC)
+    assert quoted.start.tzinfo is bare.start.tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    "said", ["now-1d", "1767225600", "soon", "0001-01-01T00:00:00+01:00", 5, datetime.min.replace(tzinfo=UTC).date]
+)
+def test_a_start_must_be_a_time_of_its_own(said: object) -> None:
+    assert "FRAISEQL_START must be an ISO 8601 date or time" in refusal(start=said)
+
+
+def test_the_start_must_lie_on_a_window() -> None:
+    assert (
+        refusal(start="2026-01-01T00:30")
+        == "Settings are wrong: FRAISEQL_START must lie on the hour, got 2026-01-01T00:30:00+00:00."
+    )
+    assert "FRAISEQL_START must lie on the day" in refusal(start="2026-01-01T01:00", window="day")
+    assert "FRAISEQL_START must lie on the day" in refusal(start="9999-12-31", window="day")
+
+
+def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAISEQL_WINDOW", "week")
+    monkeypatch.setenv("FRAISEQL_MAX_REJECTED_SHARE", "2")
+    monkeypatch.setenv("FRAISEQL_ARROW_FLIGHT_BIND", "localhost")
+    monkeypatch.setenv("FRAISEQL_ARROW_FLIGHT_BATCH_SIZE", "0")
+    assert refusal() == (
+        "Settings are wrong: FRAISEQL_WINDOW must be 'hour' or 'day', got 'week'; "
+        "FRAISEQL_MAX_REJECTED_SHARE must be less than or equal to 1, got '2'; "
+        "FRAISEQL_ARROW_FLIGHT_BIND must be host:port, got 'localhost'; "
+        "FRAISEQL_ARROW_FLIGHT_BATCH_SIZE must be greater than or equal to 1, got '0'."
+    )
+
+
+@pytest.mark.parametrize("bind", ["", ":50051", "host:", "host:port", "host:65536", "host:²", "host:-1", "host:000050051"])
+def test_a_bind_must_be_host_and_port(bind: str) -> None:
+    assert "FRAISEQL_ARROW_FLIGHT_BIND must be host:port" in refusal(arrow_flight_bind=bind)
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "[::1]:50051", "flight.example.org:65535"])
+def test_names_and_both_families_of_addresses_can_be_bound(bind: str) -> None:
+    assert Settings.load(arrow_flight_bind=bind).arrow_flight_bind == bind
+
+
+@pytest.mark.parametrize("name", [name for name, field in Settings.model_fields.items() if field.annotation is float])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon"])
+def test_a_duration_or_share_must_be_a_finite_number_from_zero(name: str, value: str) -> None:
+    assert f"FRAISEQL_{name.upper()} must be " in refusal(**{name: value})
+
+
+def test_a_misspelt_name_in_the_file_is_an_error(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, f'databse_url = "postgresql://app:{SECRET}@db/app"\nwidnow = "day"'))
+    assert message == "Settings are wrong: there is no setting 'databse_url'; there is no setting 'widnow'."
+
+
+def test_variables_of_other_programs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAISEQL_OBSERVER_TRANSPORT", "postgres")
+    assert Settings.load() == Settings()
+
+
+@pytest.mark.parametrize("options", ["{", "[]", "5", '{"AWS_SECRET_ACCESS_KEY": 5}', "{" + SECRET, '{"a":' * 5000, f'["{SECRET}"]'])
+def test_wrong_lake_options_are_told_without_their_text(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAISEQL_LAKE_OPTIONS", options)
+    assert refusal() == "Settings are wrong: FRAISEQL_LAKE_OPTIONS must be a JSON object whose values are strings."
+
+
+@pytest.mark.parametrize("text", [f'database_url = "{SECRET}', f"{SECRET}", "\x00", "lake_options = {a = "])
+def test_a_broken_file_is_told_without_its_text(text: str, tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, text))
+    assert message == "The configuration file could not be read; it must be readable and valid TOML."
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_bytes(b"\xff\xfe\x00")
+    assert "valid TOML" in refusal(config)
+
+
+def test_a_missing_file_is_told_by_its_name_alone(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "absent.toml")
+    assert "'absent.toml' does not exist" in message
+    assert str(tmp_path) not in message
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(Settings.model_fields)),
+        st.text(max_size=8) | st.integers() | st.floats() | st.booleans() | st.none(),
+    )
+)
+def test_any_values_are_settings_or_a_settings_error(values: dict[str, Any]) -> None:
+    for name in ("database_url", "lake_options"):
+        if name in values:
+            values[name] = [SECRET, values[name]]
+    try:
+        Settings.load(**values)
+    except SettingsError as error:
+        assert SECRET not in str(error)  # noqa: PT017  either outcome is right
+
+
+def test_settings_do_not_change() -> None:
+    chosen = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        chosen.lake_uri = "elsewhere"
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert not field.description.endswith("."), name
