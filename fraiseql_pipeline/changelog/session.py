@@ -1,0 +1,191 @@
+"""One connection of the data stream: a transaction with one snapshot, and events as Arrow batches.
+
+What lives here: ``Server`` (opens connections cheaply), ``Session`` (one of them), and what ADBC's failures mean. What must not: which
+part of a window is read, when, or by whom (``read.py``).
+
+Invariants
+ 1. A statement of ours runs inside BEGIN … REPEATABLE READ READ ONLY with every setting made for that transaction only, so neither a
+    role's defaults nor a pooler that swaps connections between transactions can change what a value means or which rows are seen.
+ 2. A session is either idle outside any transaction, or owned by one reader; whoever is in doubt closes it.
+ 3. What leaves ``stream`` has exactly ``BATCH_SCHEMA``: no metadata of the driver's, no extension types.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import suppress
+from typing import Any
+
+import adbc_driver_manager
+import adbc_driver_postgresql
+import pyarrow as pa
+import pyarrow.compute as pc
+from adbc_driver_manager import AdbcConnection, AdbcStatement
+from adbc_driver_manager._reader import AdbcRecordBatchReader  # the only reader that keeps the SQLSTATE of an error
+from psycopg.conninfo import make_conninfo
+
+from fraiseql_pipeline.changelog.connection import SESSION, explain_sqlstate, explain_text, parameters
+from fraiseql_pipeline.errors import SourceError, SourceRefused, SourceUnavailable
+from fraiseql_pipeline.event import BATCH_SCHEMA
+
+#: Planner: along the index on created_at, row by row in order, never the whole window sorted on the server's disk. Late events are few and
+#: spread over a window, so the planner is free there.
+_IN_ORDER = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_sort": "off"}
+_ALWAYS = {"max_parallel_workers_per_gather": "0", "work_mem": "32MB", "jit": "off"}
+
+#: SQLSTATE of "one output row is larger than the server can build" (54000), or it ran out of memory or failed while building it.
+_OVERSIZE = frozenset({"54000", "53200", "XX000"})
+#: ADBC's words for a value that it cannot decode.
+_UNDECODABLE = "ReadRecord failed"
+#: What fails in ADBC and Arrow while a stream is read; a connection that breaks off is an OSError.
+FAILURES = (adbc_driver_manager.Error, OSError, pa.ArrowException)
+
+
+class Server:
+    """The database behind a URL. ADBC reads its type map once (40 ms); a further connection takes 2 ms."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._database: Any = None
+        self._lock = threading.Lock()
+
+    def connect(self) -> Session:
+        """A new session. Raises ``SourceUnavailable`` or ``SourceRefused``."""
+        try:
+            with self._lock:
+                if self._database is None:
+                    conninfo = make_conninfo(**{"application_name": SESSION["application_name"], **parameters(self._url)})
+                    self._database = adbc_driver_postgresql.connect(conninfo)
+                return Session(AdbcConnection(self._database))
+        except FAILURES as error:
+            raise explained(error) from None
+
+    def close(self) -> None:
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+
+class Session:
+    """One connection, used by one thread at a time; ``cancel`` may be called from any."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def begin(self, *, timeout_seconds: float, free_plan: bool = False, snapshot: str | None = None) -> None:
+        """Opens the transaction of a read, in an exported snapshot if one is named."""
+        self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        if snapshot is not None:
+            self.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
+        settings = {
+            **{name: value for name, value in SESSION.items() if not name.startswith("default_transaction")},
+            **_ALWAYS,
+            **({} if free_plan else _IN_ORDER),
+            "statement_timeout": f"{max(1, int(timeout_seconds * 1000))}ms",
+        }
+        self.ask("SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items()))
+
+    def export(self) -> str:
+        """Name of this transaction's snapshot, for ``begin`` of others as long as this transaction is open; before ``protect``."""
+        return str(self.ask("SELECT pg_export_snapshot() AS name")[0]["name"])
+
+    def protect(self) -> None:
+        """From here on a failed statement costs the statement and not the snapshot: see ``recover``."""
+        self.execute("SAVEPOINT before")
+
+    def recover(self) -> None:
+        """After a statement that failed: the transaction and its snapshot go on."""
+        self.execute("ROLLBACK TO SAVEPOINT before")
+
+    def end(self) -> None:
+        self.execute("COMMIT")
+
+    def execute(self, statement: str) -> None:
+        """Runs a statement that returns nothing."""
+        with AdbcStatement(self._connection) as running:
+            running.set_sql_query(statement)
+            running.execute_update()
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """The rows of a small result."""
+        return [row for batch in self._batches(query, 1 << 20) for row in batch.to_pylist()]
+
+    def stream(self, query: str, batch_bytes: int) -> Generator[pa.RecordBatch, None, None]:
+        """The events of a query as batches of ``BATCH_SCHEMA``; constant memory, about ``batch_bytes`` (of COPY data) each."""
+        for batch in self._batches(query, batch_bytes):
+            if batch.num_rows:
+                yield _aligned(batch)
+
+    def cancel(self) -> None:
+        """Asks the server to cancel what runs now; may block as long as the network does."""
+        self._connection.cancel()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _batches(self, query: str, batch_bytes: int) -> Generator[pa.RecordBatch, None, None]:
+        with AdbcStatement(self._connection) as running:
+            running.set_sql_query(query)
+            running.set_options(**{adbc_driver_postgresql.StatementOptions.BATCH_SIZE_HINT_BYTES.value: str(batch_bytes)})
+            handle, _ = running.execute_query()
+            reader = AdbcRecordBatchReader._import_from_c(handle.address)
+            try:
+                with suppress(StopIteration):
+                    while True:
+                        yield reader.read_next_batch()
+            finally:
+                reader.close()
+
+
+def discard(session: Session) -> None:
+    """Closes a session whatever its state; the server ends its transaction."""
+    with suppress(*FAILURES, RuntimeError):
+        session.close()
+
+
+def _aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same values as ``BATCH_SCHEMA``. Only names inside lists and the driver's metadata may differ: nothing is converted."""
+    columns = []
+    for field, name, column in zip(BATCH_SCHEMA, batch.schema.names, batch.columns, strict=True):
+        if name != field.name or not (
+            column.type == field.type or (pa.types.is_list(field.type) and pa.types.is_list(column.type))
+        ):
+            raise SourceRefused(
+                f"Column {field.name} of the change log must be read as {field.type}, got {column.type}; check its type."
+            )
+        columns.append(column if column.type.equals(field.type) and not pa.types.is_list(field.type) else column.cast(field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=BATCH_SCHEMA)
+
+
+def in_order(batch: pa.RecordBatch) -> bool:
+    """Whether (timestamp, pk) increases from each row to the next."""
+    at, pk = batch.column("timestamp").cast(pa.int64()), batch.column("pk")
+    at, next_at, pk, next_pk = at[:-1], at[1:], pk[:-1], pk[1:]
+    rises = pc.or_(pc.less(at, next_at), pc.and_(pc.equal(at, next_at), pc.less(pk, next_pk)))
+    return pc.all(rises, min_count=0).as_py() is True and at.null_count == 0
+
+
+def key(batch: pa.RecordBatch, row: int) -> tuple[int, int]:
+    """(timestamp in microseconds, pk) of a row."""
+    return batch.column("timestamp")[row].value, batch.column("pk")[row].as_py()
+
+
+def row_fault(error: BaseException) -> str | None:
+    """Why a single row cannot be read: a SQLSTATE or ``undecodable``; None where the failure is not about a row."""
+    code: str | None = getattr(error, "sqlstate", None)
+    if code is None and _UNDECODABLE in str(error):
+        return "undecodable"
+    return code if code in _OVERSIZE else None
+
+
+def explained(error: BaseException) -> SourceError:
+    """Our error for one of ``FAILURES``."""
+    if isinstance(error, SourceError):
+        return error
+    if (code := getattr(error, "sqlstate", None)) is not None:
+        return explain_sqlstate(code)
+    if isinstance(error, OSError | adbc_driver_manager.OperationalError):
+        return explain_text(str(error))
+    return SourceUnavailable("The stream of events from Postgres broke off; run again.")

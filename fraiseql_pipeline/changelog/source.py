@@ -1,0 +1,149 @@
+"""``ChangeLog``: the change log of one database, as the rest of the package sees it.
+
+What lives here: opening it, and the calls. What must not: how any of them is done (``preflight.py``, ``settle.py``, ``read.py``,
+``late.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import datetime
+from typing import TypeVar
+
+import psycopg
+import pyarrow as pa
+
+from fraiseql_pipeline.changelog import embedded, fill, late
+from fraiseql_pipeline.changelog.connection import connect
+from fraiseql_pipeline.changelog.contract import Contract
+from fraiseql_pipeline.changelog.late import Audit, Late
+from fraiseql_pipeline.changelog.preflight import preflight
+from fraiseql_pipeline.changelog.read import Readers
+from fraiseql_pipeline.changelog.settle import Settlement, settle
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import Window
+
+_T = TypeVar("_T")
+
+
+class ChangeLog:
+    """The change log behind a URL. Made by ``open_changelog``; safe to use from several threads.
+
+    The control connection is opened by the first call that needs it, and again after it broke; those that read are kept between windows.
+    """
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.url = url
+        self.settings = settings
+        self._lock = threading.RLock()
+        self._open = ExitStack()
+        self._connection: psycopg.Connection[tuple[object, ...]] | None = None
+        self._contract: Contract | None = None
+        self._readers = Readers(url, settings)
+
+    def close(self) -> None:
+        self._readers.close()
+        self._disconnect()
+
+    def preflight(self) -> Contract:
+        """Proves anew that the source can be read whole. Raises ``SourceRefused`` (says what to change) or ``SourceUnavailable``."""
+        self._contract = None
+        return self._proved()
+
+    def settle(self, windows_end: datetime | None = None) -> Settlement:
+        """What can be published now; waits for open writers. ``windows_end``: end of the newest window wanted.
+
+        Raises ``SettleTimeout``, which carries the blockers, and what ``preflight`` raises.
+        """
+        contract = self._proved()
+        return self._ask(lambda connection: settle(connection, contract, self.settings, windows_end))
+
+    def read(
+        self, window: Window, settlement: Settlement, *, after_pk: int | None = None
+    ) -> AbstractContextManager[Iterator[pa.RecordBatch]]:
+        """The settled events of a window as batches of ``BATCH_SCHEMA``, ordered by (timestamp, pk) over the whole iterator.
+
+        ``after_pk`` leaves out the events up to that key: the late ones remain. Raises ``SourceUnavailable`` when the stream breaks; it
+        never ends early.
+        """
+        return self._readers.read(self._proved(), window, settlement.settled_pk, after_pk)
+
+    def late(self, published: Mapping[Window, int], after_pk: int = 0) -> list[Late]:
+        """Published windows (→ settled pk of their commit) with events above it; see ``late.late``."""
+        if not published:
+            return []
+        contract = self._proved()
+        return self._ask(lambda connection: late.late(connection, contract, published, after_pk))
+
+    def audit(self, window: Window, settled_pk: int) -> Audit:
+        """What the source holds of a window up to a settled pk."""
+        self._proved()
+        return self._ask(lambda connection: late.audit(connection, window, settled_pk))
+
+    def unplaced(self) -> int:
+        """Rows that belong to no window: ``created_at`` is null, infinite or outside the years 1 to 9999."""
+        self._proved()
+        return self._ask(late.unplaced)
+
+    def count(self) -> int:
+        """How many rows the log holds; reads all of it."""
+        self._proved()
+        return self._ask(late.count)
+
+    def span(self) -> tuple[datetime, datetime]:
+        """The first and the last time of an event that has one. Raises ``SourceRefused`` when there is none."""
+        self._proved()
+        return self._ask(late.span)
+
+    def _proved(self) -> Contract:
+        with self._lock:
+            if self._contract is None:
+                self._contract = self._ask(preflight)
+            return self._contract
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            self._open.close()
+            self._connection = None
+
+    def _ask(self, question: Callable[[psycopg.Connection[tuple[object, ...]]], _T]) -> _T:
+        with self._lock:
+            if self._connection is None or self._connection.closed:
+                self._disconnect()
+                self._connection = self._open.enter_context(
+                    connect(self.url, statement_timeout_seconds=self.settings.read_timeout_seconds)
+                )
+            return question(self._connection)
+
+
+@contextmanager
+def open_changelog(
+    settings: Settings, *, create: bool = False, sample_events: int = fill.EMBEDDED_EVENTS, progress: fill.Progress | None = None
+) -> Iterator[ChangeLog]:
+    """The change log of ``settings.database_url``; touches nothing until it is asked.
+
+    Where no URL is set: that of the embedded Postgres, started or joined, with ``sample_events`` sample events if it has none yet, of
+    which ``progress`` is told. ``create`` makes the contract where it is missing and writes no samples, wherever the log is.
+    """
+    with ExitStack() as stack:
+        url = settings.database_url
+        if url is None:
+            url = fill.embedded_changelog(stack.enter_context(embedded.start()), 0 if create else sample_events, progress)
+        elif create:
+            fill.create_contract(url)
+        changelog = ChangeLog(url, settings)
+        stack.callback(changelog.close)
+        yield changelog
+
+
+@contextmanager
+def scratch_changelog(settings: Settings) -> Iterator[ChangeLog]:
+    """An empty change log in a database of its own, on the server of the settings or the embedded one, dropped at the end."""
+    with ExitStack() as stack:
+        server = settings.database_url or stack.enter_context(embedded.start())
+        url = stack.enter_context(fill.scratch_database(server))
+        changelog = ChangeLog(url, settings.model_copy(update={"database_url": url}))
+        stack.callback(changelog.close)
+        yield changelog

@@ -1,0 +1,17 @@
+-- What the source is: one row whatever exists. Readable by every role.
+SELECT pg_is_in_recovery()                                          AS standby,
+       current_user::text                                           AS role,
+       to_regnamespace('core') IS NOT NULL                          AS has_schema,
+       c.oid                                                        AS table_oid,
+       c.relkind::text                                              AS kind,
+       row_security_active(c.oid)                                   AS filtered,
+       has_schema_privilege(c.relnamespace, 'USAGE')                AS may_use_schema,
+       pg_has_role('pg_read_all_stats', 'USAGE')                    AS may_see_sessions,
+       current_setting('track_activities')::boolean                 AS tracks_sessions,
+       (SELECT array_agg(p.polname::text ORDER BY p.polname) FROM pg_policy p WHERE p.polrelid = c.oid) AS policies,
+       current_setting('server_version_num')::integer               AS server_version,
+       (SELECT pg_encoding_to_char(d.encoding) = 'SQL_ASCII' FROM pg_database d
+         WHERE d.datname = current_database())                       AS unencoded,
+       current_database()::text                                     AS database
+  FROM (SELECT 1) AS one
+  LEFT JOIN pg_class c ON c.relname = 'tb_entity_change_log' AND c.relnamespace = to_regnamespace('core')

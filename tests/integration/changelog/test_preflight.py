@@ -1,0 +1,295 @@
+"""Preflight fails closed: what cannot be proved whole is refused, and the sentence says what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from fraiseql_pipeline.changelog import ChangeLog, Contract, embedded
+from fraiseql_pipeline.changelog.contract import OPTIONAL, REQUIRED
+from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
+from fraiseql_pipeline.settings import Settings
+
+_TABLE = "core.tb_entity_change_log"
+_OLD_CONTRACT = f"""
+    CREATE SCHEMA core;
+    CREATE TABLE {_TABLE} (
+        tenant_id text, object_data json, created_at timestamp NOT NULL DEFAULT now(), note text,
+        object_id text, modification_type varchar(20), object_type varchar(80), id text,
+        pk_entity_change_log serial PRIMARY KEY)
+"""
+
+
+def _preflight(url: str, user: str | None = None) -> Contract:
+    if user is not None:
+        url = embedded.database_url(url, psycopg.conninfo.conninfo_to_dict(url)["dbname"], user)
+    changelog = ChangeLog(url, Settings(database_url=url))
+    try:
+        return changelog.preflight()
+    finally:
+        changelog.close()
+
+
+@pytest.fixture
+def owner(changelog_url: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(changelog_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def stranger(owner: psycopg.Connection[Any]) -> Iterator[str]:
+    """A role that may log in, and nothing else."""
+    name = f"stranger_{os.urandom(6).hex()}"
+    owner.execute(f"CREATE ROLE {name} LOGIN")
+    yield name
+    owner.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_the_contract_passes_without_a_warning(changelog_url: str) -> None:
+    contract = _preflight(changelog_url)
+    assert set(contract.columns) == {*REQUIRED, *OPTIONAL}
+    assert contract.can_seal
+    assert contract.readable_sequence is not None
+    assert contract.warnings == ()
+
+
+def test_the_least_rights_pass_and_what_they_cost_is_said(changelog_url: str, role: str) -> None:
+    contract = _preflight(changelog_url, role)
+    assert not contract.can_seal
+    assert contract.readable_sequence is None
+    assert [warning.partition("GRANT ")[2] for warning in contract.warnings] == [
+        "pg_read_all_stats to it to seal them.",
+        "SELECT ON SEQUENCE core.tb_entity_change_log_pk_entity_change_log_seq to it.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "says"),
+    [
+        ("postgresql://someone:secret-9@localhost:1/events", SourceUnavailable, "nothing listens there"),
+        ("postgresql:///events?host=/nowhere-at-all&user=someone&password=secret-9", SourceUnavailable, "nothing listens there"),
+        ("postgresql://someone:secret-9@no-such-host.invalid/events", SourceUnavailable, "does not resolve"),
+        ("postgresql://someone:secret-9@localhost:not-a-port/events", SettingsError, "must be a libpq URL"),
+        ("host=localhost secret-9", SettingsError, "must be a libpq URL"),
+    ],
+)  # fmt: skip
+def test_an_unreachable_server_is_said_so_without_repeating_the_url(url: str, error: type[SourceError], says: str) -> None:
+    with pytest.raises(error, match=says) as raised:
+        _preflight(url)
+    for secret in ("secret-9", "someone", "localhost:1", "nowhere", "no-such-host"):
+        assert secret not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+def test_a_role_or_a_database_that_does_not_exist_is_refused(changelog_url: str, postgres: str) -> None:
+    with pytest.raises(SourceRefused, match="no database of that name"):
+        _preflight(embedded.database_url(postgres, "no_such_database"))
+    with pytest.raises(SourceRefused, match=r"does not know the role|refused the user"):
+        _preflight(changelog_url, "no_such_role")
+
+
+def test_a_database_without_a_change_log_is_refused(database: str) -> None:
+    with pytest.raises(SourceRefused, match="has no schema core"):
+        _preflight(database)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA core")
+    with pytest.raises(SourceRefused, match="has no table tb_entity_change_log in schema core"):
+        _preflight(database)
+
+
+def test_missing_columns_are_named(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(f"ALTER TABLE {_TABLE} DROP COLUMN object_id, DROP COLUMN object_data")
+    with pytest.raises(SourceRefused, match="lacks columns object_id and object_data; apply FraiseQL's"):
+        _preflight(changelog_url)
+
+
+def test_columns_of_an_unreadable_type_are_named(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN duration_ms TYPE numeric, ALTER COLUMN trace_id TYPE bytea USING NULL")
+    with pytest.raises(SourceRefused, match="trace_id is bytea, not text; duration_ms is numeric, not integer"):
+        _preflight(changelog_url)
+
+
+def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(_OLD_CONTRACT)
+        connection.execute(
+            f"INSERT INTO {_TABLE} (object_type, modification_type, id, object_id, object_data, created_at)"
+            " VALUES ('Order', 'INSERT', 'e1', 'o1', '{\"a\": 1.10}', '2026-11-01 12:00')"
+        )
+        contract = _preflight(database)
+        connection.execute("SET TimeZone = 'UTC'")
+        row = connection.execute(
+            f"SELECT pg_typeof(pk_entity_change_log)::text, created_at::text, object_id, object_data::text, seq, trace_id FROM {contract.relation}"
+        ).fetchone()
+    assert row == ("bigint", "2026-11-01 12:00:00+00", "o1", '{"a": 1.10}', None, None)
+    missing, zone = contract.warnings
+    assert "trace_id" in missing
+    assert "created_at" in zone
+    assert "read as UTC" in zone
+
+
+def test_a_domain_counts_as_the_type_beneath_it(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(f"CREATE DOMAIN core.label AS text; ALTER TABLE {_TABLE} ALTER COLUMN object_type TYPE core.label")
+    assert _preflight(changelog_url).columns["object_type"] == "text"
+
+
+def test_row_level_security_that_would_hide_rows_is_refused_with_the_remedy(
+    changelog_url: str, owner: psycopg.Connection[Any], stranger: str
+) -> None:
+    owner.execute(f"GRANT USAGE ON SCHEMA core TO {stranger}; GRANT SELECT ON {_TABLE} TO {stranger}")
+    with pytest.raises(SourceRefused, match=f"ALTER ROLE {stranger} BYPASSRLS") as raised:
+        _preflight(changelog_url, stranger)
+    assert "p_change_log_tenant_read" in str(raised.value)
+    owner.execute(f"ALTER ROLE {stranger} BYPASSRLS")
+    _preflight(changelog_url, stranger)
+
+
+def test_a_tenant_in_the_session_is_no_excuse_for_reading_one_tenant(
+    changelog_url: str, owner: psycopg.Connection[Any], stranger: str
+) -> None:
+    owner.execute(f"GRANT USAGE ON SCHEMA core TO {stranger}; GRANT SELECT ON {_TABLE} TO {stranger}")
+    owner.execute(f"ALTER ROLE {stranger} SET fraiseql.tenant_id = '00000000-0000-4000-8000-000000000001'")
+    owner.execute(f"ALTER ROLE {stranger} SET row_security = on")
+    with pytest.raises(SourceRefused, match="hides rows"):
+        _preflight(changelog_url, stranger)
+
+
+def test_forced_row_level_security_is_refused_for_the_owner_too(
+    changelog_url: str, owner: psycopg.Connection[Any], stranger: str
+) -> None:
+    owner.execute(f"GRANT USAGE ON SCHEMA core TO {stranger}; ALTER TABLE {_TABLE} OWNER TO {stranger}")
+    _preflight(changelog_url, stranger)
+    owner.execute(f"ALTER TABLE {_TABLE} FORCE ROW LEVEL SECURITY")
+    with pytest.raises(SourceRefused, match="hides rows"):
+        _preflight(changelog_url, stranger)
+
+
+def test_a_role_without_rights_is_told_which_it_lacks(changelog_url: str, owner: psycopg.Connection[Any], stranger: str) -> None:
+    owner.execute(f"ALTER ROLE {stranger} BYPASSRLS")
+    with pytest.raises(SourceRefused, match="GRANT USAGE ON SCHEMA core"):
+        _preflight(changelog_url, stranger)
+    owner.execute(f"GRANT USAGE ON SCHEMA core TO {stranger}")
+    with pytest.raises(SourceRefused, match=f"GRANT SELECT ON {_TABLE}"):
+        _preflight(changelog_url, stranger)
+    owner.execute(f"GRANT SELECT (id, object_type, modification_type, created_at) ON {_TABLE} TO {stranger}")
+    with pytest.raises(SourceRefused, match="may not read columns object_id,"):
+        _preflight(changelog_url, stranger)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("CACHE 20", "caches 20 values per session"),
+        ("CYCLE", "starts again when it is used up"),
+        ("INCREMENT BY -1 MINVALUE -100 MAXVALUE 100 START 1", "counts by -1"),
+    ],
+)
+def test_a_sequence_that_draws_out_of_order_is_refused(
+    changelog_url: str, owner: psycopg.Connection[Any], change: str, says: str
+) -> None:
+    owner.execute(f"ALTER SEQUENCE core.tb_entity_change_log_pk_entity_change_log_seq {change}")
+    with pytest.raises(SourceRefused, match=says):
+        _preflight(changelog_url)
+
+
+def test_a_key_without_a_sequence_is_refused(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN pk_entity_change_log DROP IDENTITY")
+    with pytest.raises(SourceRefused, match="exactly one sequence, it has 0"):
+        _preflight(changelog_url)
+
+
+def test_a_sequence_that_is_only_a_default_is_found(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN pk_entity_change_log DROP IDENTITY; CREATE SEQUENCE core.keys")
+    owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN pk_entity_change_log SET DEFAULT nextval('core.keys')")
+    assert _preflight(changelog_url).readable_sequence == "core.keys"
+
+
+def test_restored_rows_above_the_sequence_are_refused_with_the_remedy(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(
+        f"INSERT INTO {_TABLE} (pk_entity_change_log, object_type, modification_type) OVERRIDING SYSTEM VALUE VALUES (7, 'Order', 'INSERT')"
+    )
+    with pytest.raises(SourceRefused, match=r"setval\('core.tb_entity_change_log_pk_entity_change_log_seq', 7\)"):
+        _preflight(changelog_url)
+    owner.execute("ALTER SEQUENCE core.tb_entity_change_log_pk_entity_change_log_seq RESTART WITH 8")
+    _preflight(changelog_url)
+
+
+def test_a_view_in_place_of_the_table_is_refused(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute(f"ALTER TABLE {_TABLE} RENAME TO base; CREATE VIEW {_TABLE} AS SELECT * FROM core.base")
+    with pytest.raises(SourceRefused, match="must be a table"):
+        _preflight(changelog_url)
+
+
+def test_the_identity_outlives_a_rewrite_and_not_another_table(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    before = _preflight(changelog_url).identity
+    owner.execute(f"VACUUM FULL {_TABLE}")
+    assert _preflight(changelog_url).identity == before
+    owner.execute(
+        f"CREATE TABLE core.copy (LIKE {_TABLE} INCLUDING ALL); DROP TABLE {_TABLE} CASCADE; ALTER TABLE core.copy RENAME TO tb_entity_change_log"
+    )
+    assert _preflight(changelog_url).identity != before
+
+
+def test_a_partitioned_log_passes(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            f"""CREATE SCHEMA core; CREATE SEQUENCE core.keys;
+            CREATE TABLE {_TABLE} (
+                pk_entity_change_log bigint NOT NULL DEFAULT nextval('core.keys'), object_type text, modification_type text, id uuid, object_id uuid,
+                object_data jsonb, tenant_id uuid, created_at timestamptz NOT NULL DEFAULT now()) PARTITION BY RANGE (created_at);
+            CREATE TABLE core.all_of_it PARTITION OF {_TABLE} DEFAULT"""
+        )
+    assert _preflight(database).columns["id"] == "uuid"
+
+
+def test_settings_of_the_role_and_the_database_do_not_reach_our_sessions(
+    changelog_url: str, owner: psycopg.Connection[Any]
+) -> None:
+    name = psycopg.conninfo.conninfo_to_dict(changelog_url)["dbname"]
+    for setting in (
+        "TimeZone = 'Asia/Kolkata'",
+        "DateStyle = 'SQL, DMY'",
+        "IntervalStyle = 'sql_standard'",
+        "search_path = 'public'",
+    ):
+        owner.execute(f"ALTER DATABASE {name} SET {setting}")
+    with psycopg.connect(changelog_url) as plain:
+        assert plain.execute("SHOW TimeZone").fetchone() == ("Asia/Kolkata",)
+    changelog = ChangeLog(changelog_url, Settings(database_url=changelog_url))
+    shown = changelog._ask(
+        lambda connection: [connection.execute(f"SHOW {name}").fetchone() for name in ("TimeZone", "DateStyle", "row_security")]
+    )
+    changelog.close()
+    assert shown == [("UTC",), ("ISO, MDY",), ("off",)]
+
+
+@pytest.mark.skipif("FRAISEQL_TEST_DSN" in os.environ, reason="makes a copy of a server's data directory")
+def test_a_standby_is_refused(short_directory: Path) -> None:
+    with embedded.start(short_directory / "primary", {"wal_level": "replica"}):
+        pass
+    subprocess.run(["cp", "-a", short_directory / "primary", short_directory / "standby"], check=True)
+    (short_directory / "standby" / "standby.signal").touch()
+    with (
+        embedded.start(short_directory / "standby", {"wal_level": "replica"}) as url,
+        pytest.raises(SourceRefused, match="is a standby"),
+    ):
+        _preflight(url)
+
+
+def test_a_database_whose_encoding_nobody_knows_is_refused(postgres: str) -> None:
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(
+            "CREATE DATABASE untold TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C'"
+        )
+    try:
+        with pytest.raises(SourceRefused, match="SQL_ASCII"):
+            _preflight(embedded.database_url(postgres, "untold"))
+    finally:
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            connection.execute("DROP DATABASE untold")
