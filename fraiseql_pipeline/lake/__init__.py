@@ -1,0 +1,26 @@
+"""The lake: the only place that talks to Delta.
+
+What lives here: two Delta tables, ``events`` and ``events_quarantine``, and everything that reads or writes them. What must not: Postgres,
+validation rules, the order of a run, Flight.
+
+    facts        what is known about a window; the JSON object in the log
+    storage      a directory or an object store: staging, fsync, log entries
+    content      the content hash
+    parquet      rows → files: encodings, row groups, statistics
+    table        one Delta table: following its log, adding an entry, checkpoints
+    staging      a window on its way in
+    rewrite      files that hold more than one window
+    publish      the decision and the two commits of one window
+    read         ordered reads from a pinned version
+    fsck         what is broken, and how to repair it
+    maintenance  compaction, vacuum, checkpoints
+    lake         the door
+"""
+
+from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
+from fraiseql_pipeline.lake.lake import Lake
+from fraiseql_pipeline.lake.read import Snapshot
+from fraiseql_pipeline.lake.staging import Staged
+from fraiseql_pipeline.lake.table import File
+
+__all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Snapshot", "Staged"]

@@ -1,0 +1,112 @@
+"""What fsck finds, what it says, what it repairs."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from fraiseql_pipeline.lake import Finding, Lake
+from fraiseql_pipeline.window import Window
+from tests.support.events import lake_events
+from tests.support.lakes import content, publish
+
+HOUR = Window.parse("2026-11-01-13:00")
+HOURS = [Window(HOUR.start + timedelta(hours=h), HOUR.size) for h in range(4)]
+
+
+@pytest.fixture
+def filled(lake: Lake) -> Lake:
+    for hour in HOURS:
+        publish(lake, hour, 100, 2)
+    return lake
+
+
+def log(lake: Lake, table: str = "events") -> Path:
+    return Path(lake.uri, table, "_delta_log")
+
+
+def kinds(findings: list[Finding]) -> set[tuple[str, str]]:
+    return {(f.table, f.kind) for f in findings}
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"commitInfo":'], ids=["empty", "half"])
+def test_a_torn_tip_is_moved_aside_and_the_window_comes_back_by_a_retry(filled: Lake, damage: bytes) -> None:
+    tip = log(filled) / f"{4:020d}.json"
+    tip.write_bytes(damage)
+    found = filled.fsck()
+    assert ("events", "torn_entry") in kinds(found)
+    assert not any(f.repaired for f in found)
+    assert tip.read_bytes() == damage
+
+    repaired = Lake(filled.uri).fsck(repair=True)
+
+    assert [f.kind for f in repaired if f.repaired] == ["torn_entry"]
+    fresh = Lake(filled.uri)
+    assert list(fresh.published()) == HOURS[:3]
+    publish(fresh, HOURS[3], 100, 2)
+    assert Lake(filled.uri).fsck() == []
+    assert content(filled, HOURS[3]).num_rows == 100
+
+
+def test_an_empty_entry_with_others_behind_it_names_the_window_to_materialize(filled: Lake) -> None:
+    (log(filled) / f"{2:020d}.json").write_bytes(b"")
+    assert ("events", "torn_entry") in kinds(Lake(filled.uri).fsck(repair=True))
+    fresh = Lake(filled.uri)
+    assert list(fresh.published()) == [HOURS[0], *HOURS[2:]]
+    assert publish(fresh, HOURS[1], 100, 2).outcome == "published"
+    assert Lake(filled.uri).fsck() == []
+
+
+def test_a_torn_checkpoint_is_moved_aside_and_nothing_is_lost(lake: Lake) -> None:
+    for n in range(12):
+        publish(lake, HOUR, lake_events(HOUR, 10 + n, n))
+    (log(lake) / f"{10:020d}.checkpoint.parquet").write_bytes(b"")
+    assert kinds(lake.fsck()) == {("events", "torn_checkpoint"), ("events", "unreadable")}
+    assert kinds(lake.fsck(repair=True)) == {("events", "torn_checkpoint")}
+    assert lake.fsck() == []
+    assert content(lake, HOUR).num_rows == 21
+
+
+@pytest.mark.parametrize("table", ["events", "events_quarantine"])
+def test_missing_and_short_files_are_named(filled: Lake, table: str) -> None:
+    first, second, *_ = sorted(Path(filled.uri, table).rglob("*.parquet"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    found = {(f.kind, f.subject.rsplit("/", 1)[-1]) for f in filled.fsck() if f.table == table}
+    assert {("missing_file", first.name), ("short_file", second.name)} <= found
+    assert all(f.remedy for f in filled.fsck())
+
+
+def test_rows_that_differ_from_the_commit_are_named(filled: Lake) -> None:
+    DeltaTable(filled.events_uri).delete("entity_type = 'Order'")
+    found = filled.fsck()
+    assert {f.kind for f in found} == {"window_rows"}
+    assert {f.subject for f in found} == {h.key for h in HOURS}
+
+
+def test_rows_that_somebody_added_are_named(filled: Lake) -> None:
+    write_deltalake(DeltaTable(filled.events_uri), lake_events(HOURS[1], 5, 77), mode="append")
+    assert [(f.kind, f.subject) for f in filled.fsck()] == [("window_rows", HOURS[1].key)]
+
+
+def test_a_quarantine_that_does_not_fit_is_named(filled: Lake) -> None:
+    DeltaTable(filled.quarantine_uri).delete(f"window_key = '{HOURS[2].key}'")
+    assert [(f.kind, f.subject) for f in filled.fsck()] == [("pair", HOURS[2].key)]
+    assert publish(filled, HOURS[2], 100, 2, force=True).outcome == "replaced"
+
+
+def test_old_leftovers_are_reported_and_deleted(filled: Lake) -> None:
+    old = Path(filled.events_uri, "_staging", "window-x.parquet")
+    young = Path(filled.events_uri, "_staging", "window-y.parquet")
+    aside = log(filled) / f".{9:020d}.json.0123.tmp"
+    for path in (old, young, aside):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    assert {f.subject.rsplit("/", 1)[-1] for f in filled.fsck()} == {old.name, aside.name}
+    filled.fsck(repair=True)
+    assert (old.exists(), young.exists(), aside.exists()) == (False, True, False)
+    assert filled.fsck() == []
