@@ -1,0 +1,334 @@
+"""Materialize: the only place that knows the order in which a window is read, validated, stored and published.
+
+What lives here: that order, and what a run tells about it. What must not: SQL (``changelog/``), rules (``validate.py``), Delta
+(``lake/``), an orchestrator (``assets/``, ``airflow/``).
+
+Invariants
+ 1. One settlement serves a whole run, and it is taken before the first read; nothing is published without one.
+ 2. A window is committed only after its stream ended cleanly and its counts added up: read = accepted + quarantined.
+ 3. Reading, validating and encoding one window overlap on threads of their own, joined by queues of a few batches, so memory does
+    not grow with the window.
+ 4. The first failure ends a run; windows committed before it stay committed, and running again repeats nothing that is published.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import pyarrow as pa
+
+from fraiseql_pipeline.changelog import Audit, ChangeLog, Settlement
+from fraiseql_pipeline.errors import PipelineError, SourceRefused, WindowError
+from fraiseql_pipeline.lake import Commit, Facts, Lake
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.validate import Validation, Validator, check_share
+from fraiseql_pipeline.window import Window
+
+_T = TypeVar("_T")
+
+#: After this many batches, what was freed goes back to the system. The batches of a read are freed by other threads than the one that made
+#: them, and the allocator keeps the holes; without this the peak rises with the window.
+_TIDY_EVERY = 4
+
+#: Validated batches that may wait for the encoder. Two keep both sides busy; more only cost memory (about 16 MiB each).
+_AHEAD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Materialization:
+    """What one window became.
+
+    ``seconds`` holds the busy time per stage (read, validate, encode, commit) and ``total``, the time from first read to commit; the
+    stages overlap, so they may add up to more than the total. ``reasons`` counts quarantined rows per ``column:rule``.
+    """
+
+    window: Window
+    commit: Commit
+    reasons: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def materialize(
+    windows: Sequence[Window],
+    *,
+    settings: Settings,
+    changelog: ChangeLog,
+    lake: Lake,
+    run_id: str | None = None,
+    force: bool = False,
+    allow_shrink: bool = False,
+    jobs: int = 1,
+    on_window: Callable[[Materialization], None] | None = None,
+) -> list[Materialization]:
+    """Publish each window as one Delta commit; oldest first, in the order given back.
+
+    ``force`` rewrites a window whose content is unchanged; ``allow_shrink`` lets a window lose rows the source no longer has.
+    ``jobs`` windows are worked on side by side. ``on_window`` hears of every window as it is done, from the thread that did it.
+
+    Raises ``WindowError`` for a window that has not ended, ``SourceRefused`` for a change log that is not the one the lake was published
+    from (unless ``force``), ``SettleTimeout`` when writers stay open (nothing is published then), and
+    whatever the source, the validation or the lake refuse. Windows committed before the failure stay.
+    """
+    ordered = sorted(set(windows))
+    if not ordered:
+        return []
+    known = _newest(lake)
+    changelog.preflight()
+    settlement = changelog.settle(ordered[-1].end)
+    if not force:
+        _check_same_source(known, settlement)
+    if ordered[-1].end > settlement.settled_at:
+        raise WindowError(
+            f"Window {ordered[-1].key} has not ended yet (the database's clock says {settlement.settled_at:%Y-%m-%d %H:%M:%S} UTC); "
+            "materialize it after its end."
+        )
+    run = run_id or str(uuid.uuid4())
+
+    def one(window: Window) -> Materialization:
+        done = _publish(window, settlement, settings, changelog, lake, run, force=force, allow_shrink=allow_shrink)
+        if on_window is not None:
+            on_window(done)
+        return done
+
+    return _each(one, ordered, jobs)
+
+
+def merge_late(
+    windows: Sequence[Window] | None = None,
+    *,
+    settings: Settings,
+    changelog: ChangeLog,
+    lake: Lake,
+    run_id: str | None = None,
+    jobs: int = 1,
+    on_window: Callable[[Materialization], None] | None = None,
+) -> list[Materialization]:
+    """Add the late events of published windows to them, one commit per window that has any; ``windows`` narrows the search.
+
+    Rows are only ever added, so a source that has deleted old rows loses nothing of the lake.
+    """
+    published = lake.published()
+    wanted = published if windows is None else {w: c for w, c in published.items() if w in set(windows)}
+    if not wanted:
+        return []
+    newest = _newest(lake)
+    changelog.preflight()
+    late = changelog.late({w: c.settled_pk for w, c in wanted.items()})
+    if not late:
+        return []
+    settlement = changelog.settle(max(item.window.end for item in late))
+    _check_same_source(newest, settlement)
+    run = run_id or str(uuid.uuid4())
+
+    def one(window: Window) -> Materialization:
+        known = _known_ids(lake, window)
+        after = wanted[window].settled_pk
+        done = _publish(window, settlement, settings, changelog, lake, run, after_pk=after, known_ids=known)
+        if on_window is not None:
+            on_window(done)
+        return done
+
+    return _each(one, sorted(item.window for item in late), jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """How many events a window has in the source and in the lake up to the settled pk of its commit, and whether they are the same."""
+
+    window: Window
+    source_rows: int
+    lake_rows: int
+    equal: bool
+
+
+def audit(window: Window, commit: Commit, *, changelog: ChangeLog, lake: Lake) -> Audited:
+    """Compare a published window with the source: the same keys with the same ids, accepted and quarantined together."""
+    source = changelog.audit(window, commit.settled_pk)
+    held = Audit.of(_held(lake, window))
+    return Audited(window, source.rows, held.rows, source == held)
+
+
+def _held(lake: Lake, window: Window) -> Iterator[tuple[int, str | None]]:
+    for batch in lake.read(window.start, window.end, columns=["pk", "event_id"]):
+        yield from zip(batch["pk"].to_pylist(), batch["event_id"].to_pylist(), strict=True)
+    rejected = lake.quarantined(window)
+    yield from zip(rejected["pk"].to_pylist(), rejected["event_id"].to_pylist(), strict=True)
+
+
+def _publish(
+    window: Window,
+    settlement: Settlement,
+    settings: Settings,
+    changelog: ChangeLog,
+    lake: Lake,
+    run_id: str,
+    *,
+    force: bool = False,
+    allow_shrink: bool = False,
+    after_pk: int | None = None,
+    known_ids: pa.Array | None = None,
+) -> Materialization:
+    began = time.perf_counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    reasons: Counter[str] = Counter()
+    source_rows = 0
+    validator = Validator(window, known_ids)
+
+    def validated(batches: Iterator[pa.RecordBatch]) -> Generator[Validation]:
+        nonlocal source_rows
+        for batch in _timed(batches, seconds, "read"):
+            source_rows += batch.num_rows
+            with _clock(seconds, "validate"):
+                validation = validator.check(batch)
+            yield validation
+        with _clock(seconds, "validate"):
+            validator.confirm()
+
+    with lake.stage(window) as staged:
+        with changelog.read(window, settlement, after_pk=after_pk) as batches, _ahead(validated(batches)) as validations:
+            for number, validation in enumerate(validations, 1):
+                with _clock(seconds, "encode"):
+                    staged.write(validation.accepted)
+                    staged.quarantine(validation.quarantined)
+                reasons.update(validation.reasons)
+                if number % _TIDY_EVERY == 0:
+                    # The driver's buffers come from malloc, whatever Arrow's own pool is; this asks malloc.
+                    pa.system_memory_pool().release_unused()
+        _check_counts(window, source_rows, staged.accepted_rows, staged.quarantined_rows)
+        check_share(window, staged.accepted_rows, staged.quarantined_rows, dict(reasons), settings.max_rejected_share)
+        facts = Facts(
+            settled_pk=settlement.settled_pk,
+            state=settlement.state_of(window),
+            identity=settlement.identity,
+            run_id=run_id,
+            settled_at=settlement.settled_at,
+            source_rows=source_rows,
+        )
+        with _clock(seconds, "commit"):
+            commit = lake.commit(staged, facts, force=force, allow_shrink=allow_shrink, append=after_pk is not None)
+    seconds["total"] = time.perf_counter() - began
+    return Materialization(window, commit, dict(reasons), dict(seconds))
+
+
+def _newest(lake: Lake) -> Commit | None:
+    """The commit with the highest settled pk. To be asked before settling: from then on only a rebuilt log can settle below it."""
+    return max(lake.published().values(), key=lambda commit: commit.settled_pk, default=None)
+
+
+def _check_same_source(known: Commit | None, settlement: Settlement) -> None:
+    if known is None or (known.identity == settlement.identity and known.settled_pk <= settlement.settled_pk):
+        return
+    what = (
+        "is another cluster, timeline or table"
+        if known.identity != settlement.identity
+        else f"has only reached key {settlement.settled_pk}"
+    )
+    raise SourceRefused(
+        f"The change log {what}, but window {known.window.key} was published from one that had reached key {known.settled_pk}: it was restored, "
+        "rebuilt or replaced. Check FRAISEQL_DATABASE_URL; if the change is meant, materialize the windows again with --force, or use a new lake."
+    )
+
+
+def _check_counts(window: Window, read: int, accepted: int, quarantined: int) -> None:
+    if read != accepted + quarantined:
+        raise PipelineError(
+            f"Window {window.key}: {read} events were read, but {accepted} accepted and {quarantined} quarantined do not add up to them; "
+            "nothing was published. This is a defect of fraiseql-pipeline, please report it."
+        )
+
+
+def _known_ids(lake: Lake, window: Window) -> pa.Array:
+    chunks = [batch.column(0) for batch in lake.read(window.start, window.end, columns=["event_id"])]
+    return pa.chunked_array(chunks, pa.string()).combine_chunks()
+
+
+def _each(one: Callable[[Window], Materialization], windows: Sequence[Window], jobs: int) -> list[Materialization]:
+    if jobs <= 1 or len(windows) <= 1:
+        return [one(window) for window in windows]
+    with ThreadPoolExecutor(jobs, thread_name_prefix="window") as pool:
+        futures = [pool.submit(one, window) for window in windows]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+@contextmanager
+def _clock(seconds: defaultdict[str, float], stage: str) -> Iterator[None]:
+    at = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - at
+
+
+def _timed(items: Iterable[_T], seconds: defaultdict[str, float], stage: str) -> Iterator[_T]:
+    source = iter(items)
+    while True:
+        with _clock(seconds, stage):
+            item = next(source, _END)
+        if item is _END:
+            return
+        yield cast("_T", item)
+
+
+_END = object()
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    error: BaseException
+
+
+@contextmanager
+def _ahead(items: Generator[_T], depth: int = _AHEAD) -> Iterator[Iterator[_T]]:
+    """``items``, produced by a thread of its own that is at most ``depth`` items ahead.
+
+    An error of the thread is raised where its item would have come. Leaving the block stops the thread and waits for it, so nothing
+    reads on behind the caller's back.
+    """
+    waiting: queue.Queue[object] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: object) -> None:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                waiting.put(item, timeout=0.05)
+                return
+
+    def produce() -> None:
+        try:
+            with closing(items):
+                for item in items:
+                    put(item)
+                    if stop.is_set():
+                        return
+            put(_END)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consuming thread
+            put(_Broken(error))
+
+    def consume() -> Generator[_T]:
+        while (item := waiting.get()) is not _END:
+            if isinstance(item, _Broken):
+                raise item.error
+            yield cast("_T", item)
+
+    thread = threading.Thread(target=produce, name="ahead", daemon=True)
+    thread.start()
+    try:
+        with closing(consume()) as consumer:
+            yield consumer
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,183 @@
+"""Rules of a run: what is published, what is refused, what stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pyarrow as pa
+import pytest
+
+from fraiseql_pipeline import pipeline
+from fraiseql_pipeline.changelog import ChangeLog, open_changelog
+from fraiseql_pipeline.errors import SourceRefused, SourceUnavailable, ValidationHalted, WindowError
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.pipeline import Materialization
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import Window, WindowSize
+
+HOUR = timedelta(hours=1)
+_INSERT = (
+    "INSERT INTO core.tb_entity_change_log (object_type, modification_type, object_id, object_data, created_at)"
+    " SELECT 'Order', %s, gen_random_uuid(), jsonb_build_object('n', n), %s::timestamptz + n * interval '1 millisecond'"
+    " FROM generate_series(1, %s) n"
+)
+
+
+class Shop:
+    """A change log, a lake, and the last whole hour but one."""
+
+    def __init__(self, url: str, lake: Path) -> None:
+        self.url = url
+        self.settings = Settings(database_url=url, lake_uri=str(lake), seal_timeout_seconds=0)
+        self.lake = Lake.of(self.settings)
+        self.window = Window.holding(datetime.now(UTC) - 2 * HOUR, WindowSize.HOUR)
+
+    def write(self, events: int, verb: str = "INSERT", at: datetime | None = None) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(_INSERT, [verb, at or self.window.start, events])
+
+    def execute(self, statement: str) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(statement)
+
+    def materialize(self, *windows: Window, **options: Any) -> list[Materialization]:
+        with open_changelog(self.settings) as changelog:
+            return pipeline.materialize(
+                windows or [self.window], settings=self.settings, changelog=changelog, lake=self.lake, **options
+            )
+
+    def merge_late(self) -> list[Materialization]:
+        with open_changelog(self.settings) as changelog:
+            return pipeline.merge_late(settings=self.settings, changelog=changelog, lake=self.lake)
+
+
+@pytest.fixture
+def shop(changelog_url: str, tmp_path: Path) -> Shop:
+    return Shop(changelog_url, tmp_path / "lake")
+
+
+def test_events_of_other_windows_and_of_the_end_itself_stay_out(shop: Shop) -> None:
+    for at in (shop.window.start - timedelta(milliseconds=1), shop.window.end - timedelta(milliseconds=1), shop.window.end):
+        shop.write(1, at=at)
+    assert shop.materialize()[0].commit.accepted_rows == 1
+
+
+def test_an_empty_window_is_published_with_no_rows(shop: Shop) -> None:
+    (done,) = shop.materialize()
+    assert (done.commit.outcome, done.commit.source_rows) == ("published", 0)
+    assert shop.window in shop.lake.published()
+
+
+def test_a_window_that_has_not_ended_is_refused_and_nothing_is_published(shop: Shop) -> None:
+    shop.write(3)
+    running = Window.holding(datetime.now(UTC), WindowSize.HOUR)
+    with pytest.raises(WindowError, match="has not ended"):
+        shop.materialize(shop.window, running)
+    assert shop.lake.published() == {}
+
+
+def test_windows_come_back_oldest_first_and_each_is_told_once(shop: Shop) -> None:
+    told: list[Window] = []
+    windows = [Window(shop.window.start - n * HOUR, WindowSize.HOUR) for n in range(5)]
+    done = shop.materialize(*windows, *windows, jobs=3, on_window=lambda one: told.append(one.window))
+    assert [one.window for one in done] == sorted(windows)
+    assert sorted(told) == sorted(windows)
+
+
+def test_too_many_rejected_events_halt_the_window_before_anything_is_written(shop: Shop) -> None:
+    shop.write(80)
+    shop.write(20, verb="UPSERT")
+    with pytest.raises(ValidationHalted, match=r"20 of 100 events"):
+        shop.materialize()
+    assert shop.lake.published() == {}
+    assert not list(Path(shop.settings.lake_uri).rglob("*.parquet"))
+
+
+def test_late_events_are_only_added_even_when_the_source_has_deleted_the_old_ones(shop: Shop) -> None:
+    shop.write(10)
+    shop.materialize()
+    shop.execute("DELETE FROM core.tb_entity_change_log")
+    shop.write(2)
+    (merged,) = shop.merge_late()
+    assert (merged.commit.outcome, merged.commit.accepted_rows, merged.commit.source_rows) == ("merged", 12, 12)
+    assert shop.merge_late() == []
+
+
+def test_a_late_copy_of_a_published_event_is_quarantined_as_a_duplicate(shop: Shop) -> None:
+    shop.write(1)
+    shop.materialize()
+    shop.execute(
+        "INSERT INTO core.tb_entity_change_log (object_type, modification_type, id, object_id, created_at)"
+        " SELECT object_type, modification_type, id, object_id, created_at FROM core.tb_entity_change_log"
+    )
+    (merged,) = shop.merge_late()
+    assert merged.reasons == {"event_id:duplicate": 1}
+    assert (merged.commit.accepted_rows, merged.commit.quarantined_rows) == (1, 1)
+
+
+def test_a_rebuilt_change_log_is_refused_until_it_is_forced(shop: Shop) -> None:
+    shop.write(10)
+    shop.materialize()
+    shop.execute("TRUNCATE core.tb_entity_change_log RESTART IDENTITY")
+    shop.write(3)
+    with pytest.raises(SourceRefused, match="restored, rebuilt or replaced"):
+        shop.materialize()
+    with pytest.raises(SourceRefused, match="only reached key 3"):
+        shop.merge_late() or shop.materialize()
+    assert shop.lake.published()[shop.window].accepted_rows == 10
+    (forced,) = shop.materialize(force=True, allow_shrink=True)
+    assert (forced.commit.outcome, forced.commit.accepted_rows) == ("replaced", 3)
+    assert shop.materialize()[0].commit.outcome == "unchanged"
+
+
+def test_another_change_log_is_refused(shop: Shop, database: str) -> None:
+    shop.write(10)
+    shop.materialize()
+    from fraiseql_pipeline.changelog.connection import sql
+
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(sql("contract"))
+    other = Shop(database, Path(shop.settings.lake_uri))
+    other.write(500)
+    with pytest.raises(SourceRefused, match="another cluster, timeline or table"):
+        other.materialize()
+
+
+def test_a_read_that_breaks_off_publishes_nothing_and_the_next_run_is_right(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write(500)
+    whole = ChangeLog.read
+
+    def broken(self: ChangeLog, *arguments: Any, **options: Any) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def reading() -> Iterator[Iterator[pa.RecordBatch]]:
+            with whole(self, *arguments, **options) as batches:
+
+                def some() -> Iterator[pa.RecordBatch]:
+                    yield next(batches).slice(0, 100)
+                    raise SourceUnavailable("the stream broke off")
+
+                yield some()
+
+        return reading()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ChangeLog, "read", broken)
+        with pytest.raises(SourceUnavailable, match="broke off"):
+            shop.materialize()
+    assert shop.lake.published() == {}
+    assert shop.materialize()[0].commit.accepted_rows == 500
+
+
+def test_windows_before_a_failing_one_stay_published(shop: Shop) -> None:
+    later = Window(shop.window.end, WindowSize.HOUR)
+    shop.write(5)
+    shop.write(100, verb="UPSERT", at=later.start)
+    with pytest.raises(ValidationHalted, match=later.key):
+        shop.materialize(shop.window, later)
+    assert list(shop.lake.published()) == [shop.window]
