@@ -1,0 +1,73 @@
+"""The audit log: one JSON line per call.
+
+What lives here: what a line says and how it gets into the file. What must not: tickets, tokens, payloads, error sentences; a line says
+who asked for what kind of thing, and what came of it.
+
+A line: ``at`` (UTC), ``call`` (an id), ``method``, ``action`` of a DoAction, ``principal``, ``org_id`` (null: all tenants), ``peer``,
+``code`` (of gRPC), ``reason`` of a refusal, ``rows``, ``bytes``, ``seconds``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from fraiseql_pipeline.errors import SettingsError
+
+_log = logging.getLogger(__name__)
+
+
+class AuditLog:
+    """Appends lines to a file, to stderr, or nowhere. A file that was moved away (logrotate) is made anew by the next line."""
+
+    def __init__(self, target: str | None) -> None:
+        self._path = None if target in {None, "stderr"} else Path(str(target))
+        self._stderr = target == "stderr"
+        self._lock = threading.Lock()
+        self._file = -1
+        if self._path is not None:
+            try:
+                self._file = self._open(self._path)
+            except OSError:
+                raise SettingsError("FRAISEQL_ARROW_FLIGHT_AUDIT_LOG must name a file that can be written, or be stderr.") from None
+
+    def write(self, **facts: Any) -> None:
+        """One line. A disk that is full does not stop the service: it is logged."""
+        if self._stderr:
+            sys.stderr.write(json.dumps(facts) + "\n")
+        elif self._path is not None:
+            line = (json.dumps(facts) + "\n").encode()
+            try:
+                with self._lock:
+                    if self._file >= 0:  # not closed: a stream may end after its server
+                        self._follow(self._path)
+                        os.write(self._file, line)  # one call: lines of several processes do not mix
+            except OSError as error:
+                _log.error("the audit log cannot be written: %s", error.strerror)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+    def _follow(self, path: Path) -> None:
+        ours = os.fstat(self._file)
+        try:
+            there = path.stat()
+            if (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
+                return
+        except FileNotFoundError:
+            pass
+        renewed = self._open(path)
+        os.close(self._file)
+        self._file = renewed
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,323 @@
+"""The client: events of a Flight server as Arrow, polars or pandas, whole or not at all.
+
+What lives here: ``connect`` and what it returns, on top of stock ``pyarrow.flight``. What must not: anything only this package's
+server understands on the way in; every call here can be made with ``pyarrow.flight`` alone.
+
+What it adds to ``pyarrow.flight``: tickets from arguments, errors of this package's tree in one sentence, and the receipt. A server
+ends every whole stream with a receipt; a stream without one, or with other rows or another sum of event ids than its receipt says, is
+``FlightUnavailable``, never a shorter table.
+
+Profiles. ``connect(profile="compact")`` chooses how events travel: they arrive in fewer bytes and are turned back into the plain columns.
+``read(profile="compact")`` chooses what you get: the compact columns as they came (UUIDs as 16 bytes, dictionaries).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fraiseql_pipeline.encoding import Encoding, checksum, plain_schema, to_plain
+from fraiseql_pipeline.errors import (
+    FlightBusy,
+    FlightUnavailable,
+    InputError,
+    LakeDamaged,
+    LakeEmpty,
+    NotAllowed,
+    NotAuthenticated,
+    PipelineError,
+    TicketError,
+    WindowMissing,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+DEFAULT_URL = "grpc://localhost:50051"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a server says about a stream.
+
+    ``rows``: events in it; None in an ``info`` where the range cuts a window or a filter applies. ``complete_through``: the published
+    windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
+    that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
+    range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
+    ``next_ticket`` reads what is published after this; None behind a ``limit``.
+    """
+
+    rows: int | None
+    table_version: int
+    complete_through: datetime
+    provisional_windows: int
+    missing_windows: int
+    schema: pa.Schema
+    settled_pk: int | None = None
+    checksum: int | None = None
+    next_ticket: str | None = None
+
+
+class Asked(TypedDict, total=False):
+    """What a ticket is made of, as arguments of ``Client.read``; ``ticket.py`` says what each means."""
+
+    start: datetime | str
+    end: datetime | str
+    entity_types: Sequence[str] | str
+    batch_size: int
+    columns: Sequence[str]
+    profile: str
+    codec: str
+    limit: int
+    table_version: int
+    allow_missing: bool
+
+
+class Tls(TypedDict, total=False):
+    """What TLS needs, each PEM bytes or the path of a PEM file; see ``connect``."""
+
+    tls_root_certs: str | bytes | Path | None
+    cert_chain: str | bytes | Path | None
+    private_key: str | bytes | Path | None
+
+
+class Client:
+    """A connection to a Flight server. Close it, or use it in a ``with`` block."""
+
+    def __init__(self, url: str, *, token: str | None = None, profile: str | None = None, **tls: Unpack[Tls]) -> None:
+        self.url = url if "://" in url else f"grpc://{url}"
+        if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise InputError("A token must be printable ASCII without white space.")
+        headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
+        if profile is not None:
+            headers.append((b"x-fraiseql-encoding", str(Encoding.parse(profile)).encode()))
+        self._options = flight.FlightCallOptions(headers=headers)
+        with self._translated():
+            self._flight = flight.connect(self.url, **{name: _pem(name, value) for name, value in tls.items() if value is not None})
+
+    def stream(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> Stream:
+        """The events of a ticket, batch by batch; see ``read`` for the arguments."""
+        said = _ticket(ticket, **asked)
+        with self._translated():
+            reader = self._flight.do_get(flight.Ticket(said), self._options)
+            return Stream(reader, reader.schema, self.url, plain=b'"profile"' not in said)
+
+    def read(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pa.Table:
+        """The events of a ticket as one table, in (timestamp, pk) order.
+
+        Either a ticket (``"events:Order:now-1h:now:5000"``) or what it is made of: ``start`` and ``end`` (a datetime, naive = UTC, or an
+        expression such as ``"now-1h"``; the end is exclusive and ``"now"`` when left out), ``entity_types`` (none: all),
+        ``columns`` (none: the eight of an event), ``batch_size`` (most rows per batch), ``limit`` (most rows in all), ``allow_missing``
+        (skip windows that are not published instead of failing), ``profile`` (``"compact"``: the columns as they travel), ``codec``,
+        ``table_version``.
+
+        Raises ``TicketError``, ``WindowMissing`` for a hole in the range, ``LakeEmpty``, or ``FlightUnavailable`` when the server cannot
+        be reached or the stream broke off.
+        """
+        with self.stream(ticket, **asked) as stream:
+            return stream.read_all()
+
+    def polars(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pl.DataFrame:
+        """``read`` as a polars frame, without a copy."""
+        import polars as pl
+
+        return pl.DataFrame(self.read(ticket, **asked))
+
+    def pandas(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> Any:
+        """``read`` as a pandas frame; needs pandas installed."""
+        return self.read(ticket, **asked).to_pandas()
+
+    def info(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> Receipt:
+        """What a read of the ticket would give now, without reading it."""
+        with self._translated():
+            descriptor = flight.FlightDescriptor.for_command(_ticket(ticket, **asked))
+            found = self._flight.get_flight_info(descriptor, self._options)
+            return _receipt(found.app_metadata, found.schema, None if found.total_records < 0 else found.total_records)
+
+    def close(self) -> None:
+        self._flight.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        with _translated(self.url):
+            yield
+
+
+class Stream:
+    """The batches of a stream, once, in order. ``receipt`` is there when they have all been read.
+
+    Also an Arrow C stream, so polars, DuckDB and every other Arrow consumer read it without a copy and without holding it whole.
+    """
+
+    def __init__(self, reader: Any, schema: pa.Schema, url: str, *, plain: bool = True) -> None:
+        compact = (schema.metadata or {}).get(b"fraiseql.encoding", b"").startswith(b"compact")
+        self.schema = plain_schema(schema) if plain and compact else schema
+        self.receipt: Receipt | None = None
+        self._reader = reader
+        self._url = url
+        self._rows = 0
+        self._checksum = 0
+        self._decodes = plain and compact
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        while self.receipt is None:
+            chunk = self._chunk()
+            if chunk is None:
+                raise self._broken("ended without its receipt")
+            rows = chunk.data.num_rows if chunk.data is not None else 0
+            self._rows += rows
+            if rows:
+                self._checksum = (self._checksum + (checksum(chunk.data) or 0)) % 2**64
+            if chunk.app_metadata is not None:
+                self._finish(chunk.app_metadata.to_pybytes())
+            if rows:
+                return to_plain(chunk.data) if self._decodes else chunk.data
+        raise StopIteration
+
+    def _chunk(self) -> Any:
+        with _translated(self._url):
+            try:
+                return self._reader.read_chunk()
+            except StopIteration:
+                return None
+
+    def _finish(self, metadata: bytes) -> None:
+        receipt = _receipt(metadata, self.schema)
+        if receipt.rows != self._rows:
+            raise self._broken(f"does not match its receipt of {receipt.rows} events")
+        if receipt.checksum not in {None, self._checksum}:
+            raise self._broken("has other event ids than its receipt says")
+        # The end of the stream carries its status: only now is it known that the server agrees.
+        if self._chunk() is not None:
+            raise self._broken("goes on after its receipt")
+        self.receipt = receipt
+
+    def read_all(self) -> pa.Table:
+        """The batches that are left, as a table."""
+        return pa.Table.from_batches(self, schema=self.schema)
+
+    def close(self) -> None:
+        """Tell the server that nothing more is wanted."""
+        if self.receipt is None:
+            self._reader.cancel()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return pa.RecordBatchReader.from_batches(self.schema, self).__arrow_c_stream__(requested_schema)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _broken(self, what: str) -> FlightUnavailable:
+        return FlightUnavailable(f"The stream from {self._url} {what} after {self._rows} events; read it again.")
+
+
+def connect(url: str = DEFAULT_URL, *, token: str | None = None, profile: str | None = None, **tls: Unpack[Tls]) -> Client:
+    """A client of the Flight server at ``url``, ``grpc://host:port`` or ``grpc+tls://host:port``.
+
+    ``token`` is sent with every call. For TLS: ``tls_root_certs``, the authorities to trust (the system's when left out), and for mutual
+    TLS ``cert_chain`` and ``private_key``; each is PEM bytes, or the path of a PEM file. ``profile``: how events travel where a read says
+    nothing else, such as ``compact`` or ``compact+lz4``; they are turned back into the plain columns. The connection is made by the first
+    call.
+    """
+    return Client(url, token=token, profile=profile, **tls)
+
+
+def _pem(name: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    try:
+        return Path(value).read_bytes()
+    except OSError:
+        raise InputError(f"{name} must be PEM bytes or the path of a PEM file that can be read, got {str(value)[:64]!r}.") from None
+
+
+def _ticket(ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> bytes:
+    if ticket is not None:
+        if asked:
+            raise TicketError(f"A read takes a ticket or what it is made of, got a ticket and {', '.join(sorted(asked))}.")
+        return ticket.encode() if isinstance(ticket, str) else ticket
+    if "start" not in asked:
+        raise TicketError("A read needs a ticket, or at least a start such as 'now-1h'.")
+    said: dict[str, Any] = {"type": "events", "end": "now", **asked}
+    types = said.pop("entity_types", None) or "*"
+    # One string is one type, whatever characters it has; only "*" stands for all.
+    said["entity_type"] = types if types == "*" else [types] if isinstance(types, str) else list(types)
+    for name in ("start", "end"):
+        if isinstance(said[name], datetime):
+            said[name] = said[name].isoformat()
+    return json.dumps(said).encode()
+
+
+def _receipt(metadata: bytes, schema: pa.Schema, rows: int | None = None) -> Receipt:
+    try:
+        facts = json.loads(metadata)
+        return Receipt(
+            rows=facts.get("rows", rows),
+            table_version=facts["table_version"],
+            complete_through=datetime.fromisoformat(facts["complete_through"]),
+            provisional_windows=facts["provisional_windows"],
+            missing_windows=facts["missing_windows"],
+            schema=schema,
+            settled_pk=facts.get("settled_pk"),
+            checksum=facts.get("checksum"),
+            next_ticket=facts.get("next_ticket"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FlightUnavailable("The server's receipt cannot be read; is it a fraiseql-pipeline server?") from None
+
+
+# pyarrow has a class for some statuses and only words for the others; the sentence of the server follows "with message: ".
+_SENTENCE = re.compile(
+    r"with message: (.*?)(?:\.? ?gRPC client debug context: .*|\.? ?Client context: .*|\.? ?Detail: .*)?", re.DOTALL
+)
+_KINDS: tuple[tuple[str, type[PipelineError]], ...] = (
+    ("invalid argument error", TicketError),
+    ("precondition failed error", WindowMissing),
+    ("not found error", LakeEmpty),
+    ("resource exhausted error", FlightBusy),
+    ("data loss error", LakeDamaged),
+)
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """An error of ``pyarrow.flight`` becomes one of this package's tree, with the sentence of the server."""
+    try:
+        yield
+    except (flight.FlightError, pa.ArrowException, OSError) as error:
+        text = str(error)
+        found = _SENTENCE.fullmatch(text, text.find("with message: "))
+        sentence = found[1] if found else ""
+        head = text.partition("with message: ")[0]
+        if isinstance(error, flight.FlightUnauthenticatedError):
+            raise NotAuthenticated(sentence) from None
+        if isinstance(error, flight.FlightUnauthorizedError):
+            raise NotAllowed(sentence) from None
+        for words, kind in _KINDS:
+            if sentence and words in head:
+                raise kind(sentence) from None
+        if isinstance(error, flight.FlightUnavailableError) and "failed to connect" in sentence:
+            raise FlightUnavailable(f"No Flight server answers at {url}; start one with fraiseql-pipeline serve.") from None
+        raise FlightUnavailable(f"The Flight server at {url} failed: {sentence or 'the connection broke off'}") from None

@@ -1,0 +1,237 @@
+"""The edge: the one place every RPC passes, on its way in and on its way out.
+
+What lives here: who calls, whether they may, how many may, what is counted and written down, and that a failure becomes a status. What
+must not: an answer (``service.py``, ``actions.py``), a status code (``status.py``).
+
+Invariants
+ 1. No method runs before its caller is authenticated and has the scope; what a method gets is a ``Call``, never the bare connection.
+ 2. Every call is counted once and written to the audit log once, whatever became of it, also when its client has gone.
+ 3. The answers of a call are closed when it ends, so that files, snapshots and slots are free.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import grpc
+
+from fraiseql_pipeline.errors import NotAllowed, NotAuthenticated, NotOffered
+from fraiseql_pipeline.flight import limits, status
+from fraiseql_pipeline.flight.audit import AuditLog
+from fraiseql_pipeline.flight.auth import READ, Authenticator, Caller
+from fraiseql_pipeline.flight.limits import Running, Streams
+from fraiseql_pipeline.flight.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+#: Every RPC of the protocol, as metrics and the audit log call it.
+METHODS = (
+    "Handshake",
+    "ListFlights",
+    "GetFlightInfo",
+    "PollFlightInfo",
+    "GetSchema",
+    "DoGet",
+    "DoPut",
+    "DoExchange",
+    "DoAction",
+    "ListActions",
+)
+
+#: The scope of a call that finds out itself which one it needs.
+ANY = ""
+
+_NOBODY = Caller("", None, frozenset())
+Kind = Literal["stream", "short"]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call: for whom it is made, and what is said of it when it is over. Methods call ``count`` and set ``action``.
+
+    ``running.names`` are the bytes under which ``CancelFlightInfo`` finds this call.
+    """
+
+    method: str
+    context: grpc.ServicerContext
+    max_rows: int | None = None
+    caller: Caller = _NOBODY
+    action: str | None = None
+    rows: int = 0
+    sent_bytes: int = 0
+    reason: str | None = None
+    running: Running | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def org_id(self) -> str | None:
+        """The tenant whose events the caller may have; None: all."""
+        return self.caller.org_id
+
+    def need(self, scope: str) -> None:
+        """Raises ``NotAllowed`` unless the caller has the scope."""
+        if scope not in {ANY, *self.caller.scopes}:
+            what = f"{self.method} {self.action}" if self.action else self.method
+            raise NotAllowed(f"{what} needs the scope {scope}, which this caller does not have.")
+
+    def count(self, rows: int) -> None:
+        """So many more events are about to be sent. Raises ``TicketError`` above ``FRAISEQL_ARROW_FLIGHT_MAX_ROWS``."""
+        if self.max_rows is not None and self.rows + rows > self.max_rows:
+            raise limits.too_many_rows(self.max_rows)
+        self.rows += rows
+
+    def header(self, name: str) -> list[str]:
+        """The values of a header of the request."""
+        return [str(value) for key, value in self.context.invocation_metadata() if key == name]
+
+    def name(self, name: bytes) -> None:
+        """Let ``CancelFlightInfo`` find this stream by the bytes of its ticket."""
+        if self.running is not None:
+            self.running.names |= {name}
+
+
+class Edge:
+    """Makes gRPC handlers out of methods."""
+
+    def __init__(self, authenticator: Authenticator, streams: Streams, metrics: Metrics, audit: AuditLog) -> None:
+        self._authenticator = authenticator
+        self._streams = streams
+        self._metrics = metrics
+        self._audit = audit
+
+    def one(self, name: str, method: Callable[[bytes, Call], bytes], scope: str = READ) -> Any:
+        """An RPC with one answer."""
+
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            call = Call(name, context, self._streams.max_rows)
+            code = "OK"
+            try:
+                self._admit(call, scope)
+                message = method(request, call)
+                call.sent_bytes = len(message)
+                return message
+            except Exception as error:  # noqa: BLE001 - the edge of the process
+                failed = self._failed(call, error)
+                code = failed.code.name
+                failed.abort(context)
+            finally:
+                self._ended(call, code)
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    def many(self, name: str, method: Callable[[bytes, Call], Iterator[bytes]], scope: str = READ, kind: Kind = "short") -> Any:
+        """An RPC with a stream of answers. ``kind``: whether it is one of the streams that ``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS`` counts."""
+        return grpc.unary_stream_rpc_method_handler(self._streaming(name, method, scope, kind))
+
+    def both(self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str) -> Any:
+        """An RPC with streams both ways."""
+        return grpc.stream_stream_rpc_method_handler(self._streaming(name, method, scope, "stream"))
+
+    def handshake(self, method: Callable[[Iterator[bytes], Call], Iterator[bytes]]) -> Any:
+        """The RPC whose method finds out who calls. Its client gets seconds, not hours."""
+        return grpc.stream_stream_rpc_method_handler(self._streaming("Handshake", method, None, "short"))
+
+    def _streaming(
+        self, name: str, method: Callable[[Any, Call], Iterator[bytes]], scope: str | None, kind: Kind
+    ) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
+        def answers(request: Any, context: grpc.ServicerContext) -> Generator[bytes]:
+            call = Call(name, context, self._streams.max_rows)
+            code = "OK"
+            counted = kind == "stream" and scope is not None
+            try:
+                if scope is not None:
+                    self._admit(call, scope)
+                with self._slot(call, kind, scope) as call.running, closing(_generator(method(request, call))) as messages:
+                    if counted:
+                        self._metrics.streams.inc()
+                    try:
+                        yield from self._sent(call, messages)
+                    finally:
+                        if counted:
+                            self._metrics.streams.dec()
+            except (GeneratorExit, grpc.RpcError) as gone:
+                # Nobody is there: the answers are not wanted any more, or the rest of the request never comes.
+                code, call.reason = "CANCELLED", (call.running and call.running.cut) or "client"
+                if isinstance(gone, GeneratorExit):
+                    raise
+            except Exception as error:  # noqa: BLE001 - the edge of the process
+                failed = self._failed(call, error)
+                code = failed.code.name
+                failed.abort(context)
+            finally:
+                self._ended(call, code)
+
+        return answers
+
+    def _sent(self, call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+        running = call.running
+        assert running is not None
+        first = call.method == "DoGet"
+        for message in messages:
+            if first:
+                first = False
+                self._metrics.first_message.observe(time.monotonic() - call.began)
+            running.sending()
+            yield message
+            running.sent(len(message))
+            call.sent_bytes += len(message)
+
+    def _slot(self, call: Call, kind: Kind, scope: str | None) -> AbstractContextManager[Running]:
+        if scope is None:
+            return self._streams.handshake(call.context)
+        if kind == "short":
+            return self._streams.short(call.caller, call.context)
+        return self._streams.stream(call.caller, call.context, shared=not self._authenticator.knows_callers)
+
+    def _admit(self, call: Call, scope: str) -> None:
+        call.caller = self._authenticator.caller(call.context.invocation_metadata(), tuple(call.context.peer_identities() or ()))
+        call.need(scope)
+
+    def _failed(self, call: Call, error: Exception) -> status.Status:
+        if isinstance(error, NotAuthenticated):
+            call.reason = error.reason
+            self._metrics.refused(error.reason)
+        return status.status_of(error)
+
+    def _ended(self, call: Call, code: str) -> None:
+        now = time.monotonic()
+        seconds = now - call.began
+        waited = 0.0 if call.running is None else call.running.waited_until(now)
+        self._metrics.ended(call.method, code, seconds, sent_bytes=call.sent_bytes, rows=call.rows, waited=waited)
+        self._audit.write(
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            call=call.id,
+            method=call.method,
+            action=call.action,
+            principal=call.caller.principal,
+            org_id=call.caller.org_id,
+            peer=call.context.peer(),
+            code=code,
+            reason=call.reason,
+            rows=call.rows,
+            bytes=call.sent_bytes,
+            seconds=round(seconds, 6),
+        )
+
+
+def _generator(messages: Iterator[bytes]) -> Any:
+    """The messages as something that can be closed."""
+    return messages if hasattr(messages, "close") else (message for message in messages)
+
+
+def not_offered(name: str, offered: str) -> Callable[[Any, Call], Any]:
+    """A method that says what there is instead."""
+
+    def answer(request: Any, call: Call) -> Any:
+        del request, call
+        raise NotOffered(f"{name} is not offered by this server; it answers {offered}.")
+
+    return answer

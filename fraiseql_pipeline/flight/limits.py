@@ -1,0 +1,225 @@
+"""Limits: how much one ticket may ask, how many streams there are, how long each may last, and how slow its reader may be.
+
+What lives here: the check of a plan, the slots of streams, and the thread that cuts streams. What must not: sizes of tickets
+(``ticket.py``) and messages (``server.py``).
+
+A server cannot time out a send: gRPC blocks it while the client's window is full, and a status cannot overtake the messages before it.
+What works (measured: the sender is free 2 ms later) is to cancel the call from another thread. gRPC's public ``cancel`` tells the client
+CANCELLED, which pyarrow turns into a ``KeyboardInterrupt``; its call object takes a status and a sentence as well, so that is used where
+it is there.
+
+Invariants
+ 1. A stream holds its slot until its last message is taken or its client is gone, no longer.
+ 2. Only time in which the server waits for its client counts as stalled; a stream that waits for events is not slow.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import grpc
+
+from fraiseql_pipeline.errors import FlightBusy, TicketError
+from fraiseql_pipeline.flight.auth import Caller
+from fraiseql_pipeline.flight.plan import Plan
+from fraiseql_pipeline.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+#: What a client that is refused for want of a slot is told to wait.
+_RETRY_SECONDS = 1.0
+
+#: Calls other than streams of events that answer with several messages (ListFlights, DoAction …) and so can be held up by a client.
+SHORT_CALLS = 24
+
+#: Handshakes wait for a message of a client nobody knows yet.
+HANDSHAKES = 4
+_HANDSHAKE_SECONDS = 10.0
+
+
+def check(decided: Plan, settings: Settings) -> None:
+    """Raises ``TicketError`` for a plan above ``FRAISEQL_ARROW_FLIGHT_MAX_ROWS``, as far as it knows, or ``_MAX_RANGE_DAYS``."""
+    most = settings.arrow_flight_max_rows
+    if most is not None and decided.rows is not None and decided.rows > most:
+        raise too_many_rows(most)
+    days = settings.arrow_flight_max_range_days
+    if days is not None:
+        # A ticket may say "since ever": only what is published of it is work.
+        start = max(decided.ticket.start, decided.view.extent[0])
+        if decided.complete_through - start > timedelta(days=days):
+            raise TicketError(f"A ticket must not cover more than {days} days of events on this server; ask for a part at a time.")
+
+
+def too_many_rows(most: int) -> TicketError:
+    return TicketError(f"A stream must not have more than {most} events on this server; ask for a smaller range, or set a limit.")
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A call that sends messages. ``cut``: why it was ended from outside; None: it was not."""
+
+    context: grpc.ServicerContext
+    principal: str
+    lifetime_seconds: float
+    began: float = field(default_factory=time.monotonic)
+    names: frozenset[bytes] = frozenset()
+    cut: str | None = None
+    sent_bytes: int = 0
+    waited: float = 0.0
+    waiting_since: float | None = None
+    _checked_bytes: int = 0
+    _checked_waited: float = 0.0
+
+    def sending(self) -> None:
+        self.waiting_since = time.monotonic()
+
+    def sent(self, size: int) -> None:
+        began, self.waiting_since = self.waiting_since, None
+        self.waited += time.monotonic() - (began or 0.0)
+        self.sent_bytes += size
+
+    def waited_until(self, now: float) -> float:
+        """Seconds the server has waited for this client, a wait that goes on included."""
+        # In this order: between the two the sender may go on, and then too little is counted, never too much.
+        waited, since = self.waited, self.waiting_since
+        return waited + (0.0 if since is None else now - since)
+
+    def verdict(self, now: float, stall_seconds: float, min_bytes_per_second: float) -> str | None:
+        """Why this call has to end; None: it need not."""
+        if now - self.began > self.lifetime_seconds:
+            return "lifetime"
+        waited = self.waited_until(now)
+        waiting = waited - self._checked_waited
+        if waiting < stall_seconds:
+            return None
+        if self.sent_bytes - self._checked_bytes < min_bytes_per_second * waiting:
+            return "stalled"
+        self._checked_bytes, self._checked_waited = self.sent_bytes, waited
+        return None
+
+
+class Streams:
+    """Every call that sends messages, and the thread that watches them. ``on_cut`` is told the reason of each cut."""
+
+    def __init__(self, settings: Settings, on_cut: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._on_cut = on_cut
+        self.max_rows = settings.arrow_flight_max_rows
+        self._lock = threading.Lock()
+        self._running: set[Running] = set()
+        self._held: Counter[str] = Counter()
+        self._held_by: Counter[str] = Counter()
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    @contextmanager
+    def stream(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> Iterator[Running]:
+        """A stream of events. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
+        with self._run(caller.principal, context, "stream", None if shared else caller.principal) as running:
+            yield running
+
+    @contextmanager
+    def short(self, caller: Caller, context: grpc.ServicerContext) -> Iterator[Running]:
+        """Any other call that sends messages. Raises ``FlightBusy``."""
+        with self._run(caller.principal, context, "short", None) as running:
+            yield running
+
+    @contextmanager
+    def handshake(self, context: grpc.ServicerContext) -> Iterator[Running]:
+        """A call of somebody who is not known yet. Raises ``FlightBusy``."""
+        with self._run("", context, "handshake", None) as running:
+            yield running
+
+    def cancel(self, name: bytes, principal: str) -> int:
+        """End the streams of one principal that carry this name; how many there were."""
+        with self._lock:
+            named = [running for running in self._running if running.principal == principal and name in running.names]
+            found = [running for running in named if running.cut is None]
+        for running in found:
+            self._cut(running, "cancelled")
+        return len(found)
+
+    def close(self) -> None:
+        self._ended.set()
+
+    @contextmanager
+    def _run(self, principal: str, context: grpc.ServicerContext, kind: str, limited: str | None) -> Iterator[Running]:
+        seconds = _HANDSHAKE_SECONDS if kind == "handshake" else self._settings.arrow_flight_max_stream_seconds
+        running = Running(context, principal, seconds)
+        with self._lock:
+            self._admit(kind, limited)
+            self._running.add(running)
+            self._held[kind] += 1
+            if limited is not None:
+                self._held_by[limited] += 1
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._watch_all, name="flight-watch", daemon=True)
+                self._watch.start()
+        try:
+            yield running
+        finally:
+            with self._lock:
+                self._running.discard(running)
+                self._held[kind] -= 1
+                if limited is not None:
+                    self._held_by[limited] -= 1
+                    if not self._held_by[limited]:
+                        del self._held_by[limited]
+
+    def _admit(self, kind: str, limited: str | None) -> None:
+        settings = self._settings
+        limit = {"stream": settings.arrow_flight_max_streams, "short": SHORT_CALLS, "handshake": HANDSHAKES}[kind]
+        if self._held[kind] >= limit:
+            what = "already sends" if kind == "stream" else "already answers"
+            noun = {"stream": "streams", "short": "such calls", "handshake": "handshakes"}[kind]
+            raise FlightBusy(f"The server {what} {limit} {noun}, its limit; try again in a moment.", _RETRY_SECONDS)
+        most = settings.arrow_flight_max_streams_per_principal
+        if limited is not None and self._held_by[limited] >= most:
+            raise FlightBusy(
+                f"The server already sends {most} streams to this principal, its limit; finish one, or try again in a moment.",
+                _RETRY_SECONDS,
+            )
+
+    def _watch_all(self) -> None:
+        settings = self._settings
+        shortest = min(settings.arrow_flight_stall_seconds, settings.arrow_flight_max_stream_seconds, _HANDSHAKE_SECONDS)
+        while not self._ended.wait(min(max(shortest / 4, 0.02), 1.0)):
+            with self._lock:
+                running = list(self._running)
+            now = time.monotonic()
+            for call in running:
+                reason = call.verdict(now, settings.arrow_flight_stall_seconds, settings.arrow_flight_min_bytes_per_second)
+                if reason is not None and call.cut is None:
+                    self._cut(call, reason)
+
+    def _cut(self, running: Running, reason: str) -> None:
+        context: Any = running.context
+        running.cut = reason
+        self._on_cut(reason)
+        code, sentence = {
+            "stalled": (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                (
+                    f"The stream was cut because its reader took less than {self._settings.arrow_flight_min_bytes_per_second} bytes "
+                    f"per second for {self._settings.arrow_flight_stall_seconds:g} s; read faster, or read a smaller range."
+                ),
+            ),
+            "lifetime": (
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"The call was cut after {running.lifetime_seconds:g} s, the longest it may last; ask for a smaller part.",
+            ),
+            "cancelled": (grpc.StatusCode.ABORTED, "The stream was ended by CancelFlightInfo."),
+        }[reason]
+        _log.info("a stream of %s was cut: %s", running.principal or "a handshake", reason)
+        try:
+            context._rpc_event.call.cancel(code.value[0], sentence)  # see the module's docstring
+        except (AttributeError, TypeError):
+            context.cancel()

@@ -1,0 +1,220 @@
+"""The Flight server: where it listens, how it is bounded, how it ends.
+
+What lives here: the gRPC server around the services, in one process. What must not: what an RPC answers (``service.py``,
+``actions.py``), who may ask (``edge.py``), several processes (``workers.py``).
+
+Invariants
+ 1. An address others can reach is bound only with TLS and authentication, unless the caller insists (``insecure``).
+ 2. A request is refused above ``_MAX_REQUEST_BYTES`` before any of it is parsed; a port is never shared with another server, only
+    among the workers of one.
+ 3. Stopping is bounded: new calls are refused at once, running streams may finish for the grace time, then they end in an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+import grpc
+
+from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.flight import protocol, tls
+from fraiseql_pipeline.flight.actions import Actions, health
+from fraiseql_pipeline.flight.audit import AuditLog
+from fraiseql_pipeline.flight.auth import READ, SCOPES, Authenticator, Caller
+from fraiseql_pipeline.flight.edge import METHODS, Edge
+from fraiseql_pipeline.flight.limits import HANDSHAKES, SHORT_CALLS, Streams
+from fraiseql_pipeline.flight.metrics import Metrics
+from fraiseql_pipeline.flight.service import FlightService
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_MAX_REQUEST_BYTES = 256 * 1024
+
+#: Threads beyond those that clients can hold up: for calls that answer at once, and to refuse a stream too many with a sentence.
+_SPARE_THREADS = 8
+
+#: Calls that wait for a thread; more are refused by gRPC itself.
+_WAITING_CALLS = 256
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+    # A client that vanished without a word (power, network) is noticed, and its stream ended, after 60 + 20 seconds.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients that keep their connection warm are welcome; gRPC's default cuts those that ping more often than every 5 minutes.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = False, share_port: bool = False) -> FlightServer:
+    """Start a Flight server on ``FRAISEQL_ARROW_FLIGHT_BIND`` and return it running; ``port`` says where when the setting says 0.
+
+    ``lake`` is ``FRAISEQL_LAKE_URI`` unless given; it may be empty and is read as it grows. ``insecure`` allows an address others can
+    reach without TLS or authentication; ``share_port`` lets other workers listen on the same port. Raises ``SettingsError`` when the
+    server is disabled, a file of the settings is wrong, or the address is refused or cannot be bound.
+    """
+    address = check_address(settings, insecure=insecure)
+    credentials = tls.credentials(settings)
+    host = address.rpartition(":")[0]
+    everyone = Caller("anonymous", None, SCOPES if is_loopback(host) else frozenset({READ}))
+    authenticator = Authenticator(settings, everyone)
+    metrics = Metrics(METHODS)
+    streams = Streams(settings, metrics.cut)
+    audit = AuditLog(settings.arrow_flight_audit_log)
+    chosen = lake or Lake.of(settings)
+    service = FlightService(settings, chosen)
+    metrics.watch(service.store.figures)
+    edge = Edge(authenticator, streams, metrics, audit)
+    handlers = service.handlers(edge) | Actions(chosen, service, authenticator, streams).handlers(edge)
+    held = settings.arrow_flight_max_streams + SHORT_CALLS + HANDSHAKES
+    threads = ThreadPoolExecutor(held + _SPARE_THREADS, thread_name_prefix="flight")
+    server = grpc.server(
+        threads,
+        handlers=[grpc.method_handlers_generic_handler(protocol.SERVICE, handlers), health()],
+        options=(*_OPTIONS, ("grpc.so_reuseport", int(share_port))),
+        maximum_concurrent_rpcs=held + _SPARE_THREADS + _WAITING_CALLS,
+    )
+    try:
+        port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    except RuntimeError:
+        threads.shutdown()
+        service.close()
+        audit.close()
+        raise SettingsError(
+            f"The Flight server cannot listen on {address!r}: another process holds the port, or the address is not this machine's; "
+            "choose another FRAISEQL_ARROW_FLIGHT_BIND."
+        ) from None
+    server.start()
+    _log.info("Flight server listens on %s, port %d", host, port)
+    url = f"{'grpc' if credentials is None else 'grpc+tls'}://{host}:{port}"
+    return FlightServer(server, threads, service, streams, audit, metrics, chosen, url, settings.arrow_flight_drain_seconds)
+
+
+def check_address(settings: Settings, *, insecure: bool) -> str:
+    """The address to listen on. Raises ``SettingsError`` when the server is disabled, or others would reach it unprotected."""
+    if not settings.arrow_flight_enabled:
+        raise SettingsError("The Flight server is disabled by FRAISEQL_ARROW_FLIGHT_ENABLED; set it to true to serve.")
+    address = settings.arrow_flight_bind
+    missing = [] if settings.arrow_flight_tls_cert is not None else ["TLS (FRAISEQL_ARROW_FLIGHT_TLS_CERT and _TLS_KEY)"]
+    if all(
+        unset is None
+        for unset in (
+            settings.arrow_flight_tokens_file,
+            settings.arrow_flight_jwt_algorithm,
+            settings.arrow_flight_tls_client_ca,
+        )
+    ):
+        missing.append("authentication (FRAISEQL_ARROW_FLIGHT_TOKENS_FILE, _JWT_ALGORITHM or _TLS_CLIENT_CA)")
+    if missing and not insecure and not is_loopback(address.rpartition(":")[0]):
+        raise SettingsError(
+            f"FRAISEQL_ARROW_FLIGHT_BIND must be a loopback address such as 127.0.0.1:50051 without {' and '.join(missing)}, "
+            f"got {address!r}; set them, or pass --insecure to let everyone who reaches it read all events."
+        )
+    return address
+
+
+class FlightServer:
+    """A running server; leaving its ``with`` block drains it."""
+
+    def __init__(
+        self,
+        server: grpc.Server,
+        threads: ThreadPoolExecutor,
+        service: FlightService,
+        streams: Streams,
+        audit: AuditLog,
+        metrics: Metrics,
+        lake: Lake,
+        url: str,
+        drain_seconds: float,
+    ) -> None:
+        self._server = server
+        self._threads = threads
+        self._service = service
+        self._streams = streams
+        self._audit = audit
+        self._drain_seconds = drain_seconds
+        self.metrics = metrics
+        self.lake = lake
+        self.draining = False
+        self.url = url
+        self.port = int(url.rpartition(":")[2])
+
+    def stop(self, grace_seconds: float | None = None) -> None:
+        """Refuse new calls, let streams finish for the grace time (``FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS``), then end them."""
+        self.draining = True
+        self._server.stop(self._drain_seconds if grace_seconds is None else grace_seconds).wait()
+        self._streams.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._service.close()
+        self._audit.close()
+
+    def run_until_signal(self, parent: socket.socket | None = None) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal ends the streams at once. To be called in the main thread.
+
+        ``parent``: what it sends counts like a signal, and so does its end.
+        """
+        # A signal may reach any thread of gRPC's, and then wakes no lock this one waits for: it has to come through a file descriptor.
+        told, teller = socket.socketpair()
+        teller.setblocking(False)
+        with told, teller:
+            descriptor = signal.set_wakeup_fd(teller.fileno())
+            heard = (signal.SIGTERM,) if parent is not None else (signal.SIGTERM, signal.SIGINT)
+            before = {number: signal.signal(number, lambda *_: None) for number in heard}
+            try:
+                if parent is not None:
+                    threading.Thread(target=_relay, args=(parent, teller), name="parent", daemon=True).start()
+                _log.info("signal %d: the Flight server stops, streams may finish for %g s", told.recv(1)[0], self._drain_seconds)
+                self._drain(told, teller)
+            finally:
+                signal.set_wakeup_fd(descriptor)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _drain(self, told: socket.socket, teller: socket.socket) -> None:
+        self.draining = True
+        ended = self._server.stop(self._drain_seconds)
+
+        def tell() -> None:
+            ended.wait()
+            teller.send(b"\0")
+
+        waiting = threading.Thread(target=tell, name="drain")
+        waiting.start()
+        if told.recv(1) != b"\0":
+            self._server.stop(0)
+        waiting.join()
+
+    def __enter__(self) -> FlightServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.stop()
+
+
+def _relay(parent: socket.socket, teller: socket.socket) -> None:
+    try:
+        while message := parent.recv(1):
+            teller.send(message)
+        teller.send(bytes([signal.SIGTERM]))  # the parent is gone
+    except OSError:
+        pass  # the server has stopped
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

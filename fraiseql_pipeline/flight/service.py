@@ -1,0 +1,205 @@
+"""The Flight RPCs: what each of them answers.
+
+What lives here: requests in, answers out, one method per RPC. What must not: sockets, signals and processes (``server.py``), errors
+as statuses (``status.py``), which windows a ticket covers (``plan.py``).
+
+Invariants
+ 1. Every RPC of the protocol is answered: the ones not offered with UNIMPLEMENTED and a sentence that says which are.
+ 2. ``now`` is resolved once per request.
+ 3. What a caller gets, counts included, is of its tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from fraiseql_pipeline.encoding import Encoding, frame, stream_schema
+from fraiseql_pipeline.errors import LakeEmpty, TicketError
+from fraiseql_pipeline.flight import limits, protocol, session
+from fraiseql_pipeline.flight.auth import PUBLISH, READ
+from fraiseql_pipeline.flight.edge import Call, Edge, not_offered
+from fraiseql_pipeline.flight.frames import FrameStore
+from fraiseql_pipeline.flight.plan import Plan, View, Views, plan
+from fraiseql_pipeline.flight.signing import Signer
+from fraiseql_pipeline.flight.stream import FrameStreams, Sent
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.ticket import Ticket
+
+_OFFERED = "DoGet, GetFlightInfo, PollFlightInfo, GetSchema, ListFlights, DoAction, ListActions and Handshake"
+
+#: The request header that names an encoding for tickets that leave it open.
+ENCODING_HEADER = "x-fraiseql-encoding"
+
+#: Tells a client that the server it asked is one of an endpoint's locations (Flight.rst, "Location URIs").
+_THIS_CONNECTION = "arrow-flight-reuse-connection://?"
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class FlightService:
+    """Answers Flight requests over one lake. ``clock`` gives the ``now`` of tickets."""
+
+    def __init__(self, settings: Settings, lake: Lake, clock: Callable[[], datetime] = _utc_now) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._views = Views(lake)
+        directory = settings.arrow_flight_cache_dir
+        self.store = FrameStore(settings.arrow_flight_cache_bytes, None if directory is None else Path(directory))
+        self._streams = FrameStreams(self.store)
+        self._signer = Signer(settings.arrow_flight_ticket_key, timedelta(seconds=settings.arrow_flight_ticket_seconds))
+        self._encoding = Encoding.parse(settings.arrow_flight_encoding)
+
+    def close(self) -> None:
+        """Give the disk space of the kept frames back. Streams that are still running end in an error."""
+        self.store.close()
+
+    def handlers(self, edge: Edge) -> dict[str, Any]:
+        """RPC → handler. Messages pass as bytes: frames must not go through protobuf again."""
+        return {
+            "DoGet": edge.many("DoGet", self.do_get, kind="stream"),
+            "GetFlightInfo": edge.one("GetFlightInfo", self.get_flight_info),
+            "GetSchema": edge.one("GetSchema", self.get_schema),
+            "ListFlights": edge.many("ListFlights", self.list_flights),
+            "DoPut": edge.both("DoPut", not_offered("DoPut", _OFFERED), PUBLISH),
+            "DoExchange": edge.both("DoExchange", not_offered("DoExchange", _OFFERED), READ),
+        }
+
+    def do_get(self, request: bytes, call: Call) -> Iterator[bytes]:
+        """The events of a ticket: the schema, the batches, and a message without a batch that carries the receipt.
+
+        The receipt is a JSON object: ``rows`` and ``checksum`` (``encoding.checksum``; null where ``event_id`` is not sent) of the whole
+        stream, and the facts of ``Plan.metadata``.
+        """
+        asked = _parse(protocol.Ticket, request).ticket
+        call.name(asked)
+        ticket = self._ticket(asked, call)
+        decided = self._plan(ticket, call)
+        sent = Sent(call.count)
+        with closing(self._streams.messages(decided, self._max_rows(ticket), sent)) as messages:
+            yield from messages
+        ids = "event_id" in decided.schema.names
+        yield frame(metadata=decided.metadata(rows=sent.rows, checksum=sent.checksum if ids else None))
+
+    def get_flight_info(self, request: bytes, call: Call) -> bytes:
+        """Schema, rows and bytes where they are known, and endpoints in order whose tickets name the same events of the same version."""
+        descriptor = _parse(protocol.FlightDescriptor, request)
+        return self._info(descriptor, self._plan(self._described(descriptor, call), call), call).SerializeToString()
+
+    def get_schema(self, request: bytes, call: Call) -> bytes:
+        """The schema of the stream a descriptor's ticket gets."""
+        ticket = self._described(_parse(protocol.FlightDescriptor, request), call)
+        encoding = Encoding(ticket.profile or self._encoding.profile, ticket.codec or self._encoding.codec)
+        return protocol.SchemaResult(schema=stream_schema(ticket.columns, encoding).serialize().to_pybytes()).SerializeToString()
+
+    def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
+        """One flight per stretch of published windows without a hole, oldest first; none while the lake is empty."""
+        if _parse(protocol.Criteria, request).expression:
+            raise TicketError("Criteria must be empty; ask GetFlightInfo with a ticket for a part of the events.")
+        try:
+            view = self._views.newest()
+        except LakeEmpty:
+            return
+        for start, end in view.stretches():
+            named = Ticket(start=start, end=end)
+            descriptor = protocol.FlightDescriptor(type=protocol.CMD, cmd=named.text.encode())
+            yield self._info(descriptor, self._plan(self._chosen(named, call), call, view), call).SerializeToString()
+
+    def renewed(self, endpoint: Any, call: Call) -> Any:
+        """The endpoint with a ticket that lives longer. Raises ``TicketError`` for one that is not valid any more."""
+        ticket = self._ticket(endpoint.ticket.ticket, call)
+        return self._endpoint(ticket, call)
+
+    def warm(self, data: bytes, call: Call) -> int:
+        """Encode the frames of a ticket before anybody reads them; how many events they hold."""
+        ticket = self._ticket(data, call)
+        sent = Sent(call.count)
+        with closing(self._streams.messages(self._plan(ticket, call), self._max_rows(ticket), sent)) as messages:
+            for _ in messages:
+                if not call.context.is_active():
+                    break
+        return sent.rows
+
+    def _info(self, descriptor: Any, decided: Plan, call: Call) -> Any:
+        size = self._streams.size_of(decided, self._max_rows(decided.ticket))
+        return protocol.FlightInfo(
+            schema=decided.stream_schema.serialize().to_pybytes(),
+            flight_descriptor=descriptor,
+            endpoint=[self._endpoint(part.pinned_ticket(), call) for part in decided.parts()],
+            total_records=-1 if decided.rows is None else decided.rows,
+            total_bytes=-1 if size is None else size,
+            ordered=True,
+            app_metadata=decided.metadata(),
+        )
+
+    def _endpoint(self, ticket: Ticket, call: Call) -> Any:
+        signed, until = self._signer.sign(ticket, _name(call), self._clock())
+        others = self._settings.locations
+        endpoint = protocol.FlightEndpoint(
+            ticket=protocol.Ticket(ticket=signed),
+            location=[protocol.Location(uri=uri) for uri in ((_THIS_CONNECTION, *others) if others else ())],
+        )
+        endpoint.expiration_time.FromDatetime(until)
+        return endpoint
+
+    def _plan(self, ticket: Ticket, call: Call, view: View | None = None) -> Plan:
+        decided = plan(
+            ticket,
+            view or self._views.of(ticket),
+            first=self._settings.first_window,
+            size=self._settings.window,
+            org_id=call.org_id,
+            encoding=self._encoding,
+        )
+        limits.check(decided, self._settings)
+        return decided
+
+    def _max_rows(self, ticket: Ticket) -> int:
+        return ticket.batch_size or self._settings.arrow_flight_batch_size
+
+    def _described(self, descriptor: Any, call: Call) -> Ticket:
+        """The ticket in a command, or of a path: ``events`` or ``events/<entity types>`` is all that is published."""
+        if descriptor.type == protocol.CMD:
+            return self._ticket(descriptor.cmd, call)
+        if descriptor.type != protocol.PATH or not 1 <= len(descriptor.path) <= 2:
+            raise TicketError("A descriptor must be a command that holds a ticket, or a path of events or events/<entity types>.")
+        name, types = (*descriptor.path, "*")[:2]
+        if name != "events":
+            raise TicketError(f"A path must start with events, got {name[:64]!r}.")
+        start, end = self._views.newest().extent
+        return self._chosen(Ticket(start=start, end=end, entity_types=() if types == "*" else tuple(types.split("|"))), call)
+
+    def _ticket(self, data: bytes, call: Call) -> Ticket:
+        now = self._clock()
+        ticket = self._chosen(Ticket.parse(self._signer.opened(data, _name(call), now), now), call)
+        if ticket.follow:
+            raise TicketError('This server sends events that are published; leave "follow" out of the ticket.')
+        return ticket
+
+    def _chosen(self, ticket: Ticket, call: Call) -> Ticket:
+        """The ticket with what it leaves open and the call's header, then its session, say."""
+        for named in call.header(ENCODING_HEADER)[-1:]:
+            encoding = Encoding.parse(named)
+            ticket = replace(ticket, profile=ticket.profile or encoding.profile, codec=ticket.codec or encoding.codec)
+        return session.filled(ticket, session.from_cookies(call.header("cookie")))
+
+
+def _name(call: Call) -> str:
+    """Whom a ticket is given to: a principal may have another tenant tomorrow."""
+    return f"{call.caller.principal}\0{call.org_id or ''}"
+
+
+def _parse(kind: Any, request: bytes) -> Any:
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        raise TicketError(f"The request must be a {kind.DESCRIPTOR.full_name} message.") from None

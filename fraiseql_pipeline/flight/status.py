@@ -1,0 +1,81 @@
+"""Errors → gRPC statuses: the only place where a failure becomes what a client sees.
+
+What lives here: the mapping. What must not: a reason to fail, a call (``edge.py``).
+
+Invariants
+ 1. A client gets a status code and one sentence. An error this package did not raise on purpose is INTERNAL with an id; the error
+    itself goes to the server's log under that id, never to the client.
+ 2. A stream that fails ends in a status, so a client can never take a part for the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+
+from fraiseql_pipeline.errors import (
+    FlightBusy,
+    FlightRefused,
+    InputError,
+    LakeDamaged,
+    LakeEmpty,
+    NotAllowed,
+    NotAuthenticated,
+    NotOffered,
+    PipelineError,
+    WindowMissing,
+)
+from fraiseql_pipeline.flight import protocol
+
+_log = logging.getLogger(__name__)
+
+_CODES: tuple[tuple[type[PipelineError], grpc.StatusCode], ...] = (
+    (InputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (WindowMissing, grpc.StatusCode.FAILED_PRECONDITION),
+    (LakeEmpty, grpc.StatusCode.NOT_FOUND),
+    (LakeDamaged, grpc.StatusCode.DATA_LOSS),
+    (FlightBusy, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotAuthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (NotAllowed, grpc.StatusCode.PERMISSION_DENIED),
+    (NotOffered, grpc.StatusCode.UNIMPLEMENTED),
+)
+
+#: Statuses travel in HTTP/2 headers, which clients limit to 8 KiB or more.
+_MAX_MESSAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a client gets for an error: a code, a sentence, and when to try again."""
+
+    code: grpc.StatusCode
+    sentence: str
+    retry_after_seconds: float | None = None
+
+    def abort(self, context: grpc.ServicerContext) -> NoReturn:
+        """End the call in this status."""
+        if self.retry_after_seconds is not None:
+            # The first is for clients that retry by themselves (gRFC A6), the second for programs (google.rpc.RetryInfo).
+            details = protocol.retry_details(self.code.value[0], self.sentence, self.retry_after_seconds)
+            context.set_trailing_metadata(
+                (("grpc-retry-pushback-ms", str(int(self.retry_after_seconds * 1000))), ("grpc-status-details-bin", details))
+            )
+        context.abort(self.code, self.sentence)
+
+
+def status_of(error: Exception) -> Status:
+    """The status a client gets for an error. Logs what must not be told to it."""
+    if not isinstance(error, PipelineError):
+        incident = uuid.uuid4().hex[:12]
+        _log.error("internal error, id %s", incident, exc_info=error)
+        return Status(grpc.StatusCode.INTERNAL, f"Internal error, id {incident}; the server's log has the details under this id.")
+    fallback = grpc.StatusCode.UNAVAILABLE if error.retryable else grpc.StatusCode.FAILED_PRECONDITION
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), fallback)
+    if not isinstance(error, InputError | FlightRefused):
+        _log.warning("%s: %s", code.name, error)
+    retry_after_seconds = error.retry_after_seconds if isinstance(error, FlightBusy) else None
+    return Status(code, str(error)[:_MAX_MESSAGE], retry_after_seconds)

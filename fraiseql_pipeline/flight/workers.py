@@ -1,0 +1,275 @@
+"""``serve`` as an operator runs it: one process or several on one port, metrics beside them, and an orderly end.
+
+What lives here: what happens between the start of the command and its exit. What must not: gRPC (``server.py``), what is counted
+(``metrics.py``).
+
+Several workers share the port through SO_REUSEPORT: the kernel gives each connection to one of them. The supervisor serves nothing but
+metrics. It starts workers anew when they die, and holds the port meanwhile, so that nobody else can take it.
+
+Invariants
+ 1. The command starts whole or not at all: a worker that cannot start is the command's error.
+ 2. No worker outlives its supervisor: it drains when the supervisor is gone, however that came about.
+ 3. A worker that dies is replaced, later each time it dies young; the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
+from fraiseql_pipeline.flight.server import check_address, serve
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+#: A worker that lived shorter is not restarted at once.
+_YOUNG_SECONDS = 10.0
+_MAX_PAUSE_SECONDS = 30.0
+_START_SECONDS = 60.0
+#: How long after its drain a worker may take to end before it is killed.
+_SPARE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Where a server listens. ``metrics_url`` is None when metrics are off."""
+
+    url: str
+    metrics_url: str | None
+
+
+def run(settings: Settings, *, insecure: bool = False, started: Callable[[Started], None] = lambda _: None) -> None:
+    """Serve until SIGTERM or SIGINT, drained; to be called in the main thread. ``started`` is told once everything listens.
+
+    Raises ``SettingsError`` when anything cannot start.
+    """
+    if settings.arrow_flight_workers > 1:
+        _supervise(settings, insecure, started)
+        return
+    with ExitStack() as stack:
+        server = stack.enter_context(serve(settings, insecure=insecure))
+        lake = LakeState(server.lake)
+        registry = CollectorRegistry()
+        registry.register(lake)
+        metrics = _shown(stack, settings, (server.metrics.registry, registry), lambda: not server.draining and lake.ready())
+        started(Started(server.url, metrics))
+        server.run_until_signal()
+
+
+def _shown(stack: ExitStack, settings: Settings, registries: Any, ready: Callable[[], bool]) -> str | None:
+    if settings.metrics_bind == "off":
+        return None
+    server = MetricsServer(settings.metrics_bind, registries, ready)
+    stack.callback(server.close)
+    return server.url
+
+
+# ----------------------------------------------------------------------------------------------------------- supervisor
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    control: socket.socket
+    began: float
+
+
+class _Fleet:
+    def __init__(self, settings: Settings, insecure: bool) -> None:
+        self._settings = settings
+        self._insecure = insecure
+        self._spawn = multiprocessing.get_context("spawn")
+        self._deaths = 0
+        self.workers: list[_Worker] = []
+        self.url = ""
+
+    def start(self, count: int) -> None:
+        """Start workers and wait until they listen. Raises ``SettingsError`` with the sentence of one that does not."""
+        launched = [self._launch() for _ in range(count)]
+        # All of them first: a worker takes a second or two to load.
+        for worker, _ in launched:
+            self.workers.append(worker)
+        for worker, report in launched:
+            try:
+                told = report.recv() if report.poll(_START_SECONDS) else None
+            except EOFError:
+                told = None
+            if not isinstance(told, str):
+                worker.process.kill()
+                raise (
+                    told
+                    if isinstance(told, SettingsError)
+                    else SettingsError("A Flight worker ended before it listened; see the log.")
+                )
+            self.url = told
+
+    def _launch(self) -> tuple[_Worker, Connection]:
+        ours, theirs = socket.socketpair()
+        receiving, sending = self._spawn.Pipe(duplex=False)
+        # Settings that come from a file are of a class made for the call, which cannot travel: their values can.
+        process = self._spawn.Process(
+            target=_work, args=(self._settings.model_dump(), self._insecure, theirs, sending), name="flight worker"
+        )
+        process.start()
+        theirs.close()
+        sending.close()
+        return _Worker(process, ours, time.monotonic()), receiving
+
+    def bury(self, directory: Path) -> float:
+        """Forget the workers that died; how long to wait before they are replaced."""
+        for worker in [worker for worker in self.workers if not worker.process.is_alive()]:
+            self.workers.remove(worker)
+            worker.control.close()
+            mark_process_dead(worker.process.pid, str(directory))  # type: ignore[no-untyped-call]
+            young = time.monotonic() - worker.began < _YOUNG_SECONDS
+            self._deaths = self._deaths + 1 if young else 0
+            _log.error("Flight worker %s ended with code %s", worker.process.pid, worker.process.exitcode)
+        return min(2.0 ** (self._deaths - 1), _MAX_PAUSE_SECONDS) if self._deaths else 0.0
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on."""
+        for worker in self.workers:
+            with suppress(OSError):  # it has ended
+                worker.control.send(bytes([number]))
+
+    def end(self) -> None:
+        """Wait for the drained workers; what hangs is killed."""
+        end = time.monotonic() + self._settings.arrow_flight_drain_seconds + _SPARE_SECONDS
+        for worker in self.workers:
+            worker.process.join(max(0.0, end - time.monotonic()))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.control.close()
+
+
+def _supervise(settings: Settings, insecure: bool, started: Callable[[Started], None]) -> None:
+    with ExitStack() as stack:
+        told = stack.enter_context(_signals())
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraiseql-metrics-")))
+        address = stack.enter_context(_held_port(check_address(settings, insecure=insecure)))
+        # Spawned processes inherit it; this one must not count into files.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+        stack.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR", None)
+        # A ticket that one worker signs may be redeemed at another.
+        key = settings.arrow_flight_ticket_key or secrets.token_hex(32)
+        fleet = _Fleet(settings.model_copy(update={"arrow_flight_bind": address, "arrow_flight_ticket_key": key}), insecure)
+        stack.callback(fleet.end)
+        stack.callback(fleet.tell, signal.SIGTERM)
+        fleet.start(settings.arrow_flight_workers)
+        registry, summed = CollectorRegistry(), CollectorRegistry()
+        state = LakeState(Lake.of(settings))
+        registry.register(state)
+        MultiProcessCollector(summed, str(directory))  # type: ignore[no-untyped-call]
+        draining = threading.Event()
+        metrics = _shown(
+            stack, settings, (summed, registry), lambda: not draining.is_set() and bool(fleet.workers) and state.ready()
+        )
+        started(Started(fleet.url, metrics))
+        _tend(fleet, settings.arrow_flight_workers, directory, told)
+        draining.set()
+        fleet.tell(signal.SIGTERM)
+        waiting = threading.Thread(target=fleet.end, name="drain")
+        waiting.start()
+        while waiting.is_alive():
+            if wait([told], timeout=0.05):
+                told.recv(1)
+                fleet.tell(signal.SIGINT)
+        fleet.workers.clear()
+
+
+def _tend(fleet: _Fleet, wanted: int, directory: Path, told: socket.socket) -> None:
+    """Keep ``wanted`` workers alive until a signal comes."""
+    again = 0.0
+    while True:
+        watched: list[Any] = [told, *(worker.process.sentinel for worker in fleet.workers)]
+        missing = wanted - len(fleet.workers)
+        timeout = max(0.0, again - time.monotonic()) if missing else None
+        ready = wait(watched, timeout)
+        if told in ready:
+            _log.info("signal %d: the Flight workers stop", told.recv(1)[0])
+            return
+        if ready:
+            again = time.monotonic() + fleet.bury(directory)
+        elif missing:
+            try:
+                fleet.start(missing)
+            except SettingsError as error:
+                _log.error("a Flight worker did not start: %s", error)
+                again = time.monotonic() + _MAX_PAUSE_SECONDS
+
+
+@contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """SIGTERM and SIGINT as bytes on a socket."""
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    with told, teller:
+        descriptor = signal.set_wakeup_fd(teller.fileno())
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield told
+        finally:
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _held_port(address: str) -> Iterator[str]:
+    """The address with the port that is held: workers may share it, other servers may not take it."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as alone:  # fails where anybody listens, sharing or not
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(where)
+            alone.listen(1)
+            where = (where[0], alone.getsockname()[1], *where[2:])
+        holder = socket.socket(family, kind)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(where)
+    except OSError:
+        raise SettingsError(
+            f"The Flight server cannot listen on {address!r}: another process holds the port, or the address is not this machine's; "
+            "choose another FRAISEQL_ARROW_FLIGHT_BIND."
+        ) from None
+    with holder:
+        yield f"{host}:{holder.getsockname()[1]}"
+
+
+# --------------------------------------------------------------------------------------------------------------- worker
+
+
+def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report: Connection) -> None:
+    # Ctrl-C reaches every process of a terminal; the supervisor decides what it means and says so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = serve(Settings(**chosen), insecure=insecure, share_port=True)
+    except SettingsError as error:
+        report.send(error)
+        return
+    report.send(server.url)
+    report.close()
+    with server:
+        server.run_until_signal(parent)

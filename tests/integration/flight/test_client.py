@@ -1,0 +1,158 @@
+"""``connect``: the same events as with pyarrow.flight, and errors of this package's tree."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, LakeEmpty, TicketError, WindowMissing
+from fraiseql_pipeline.event import WIRE_SCHEMA
+from fraiseql_pipeline.flight.client import Client, connect
+from fraiseql_pipeline.flight.server import FlightServer
+from fraiseql_pipeline.lake import Lake
+from tests.integration.flight.conftest import hour, publish
+from tests.support.events import lake_events
+
+ALL = "events:*:2026-11-01T00:00:00Z:2026-11-01T04:00:00Z:10000"
+
+
+@pytest.fixture
+def ours(server: FlightServer) -> Iterator[Client]:
+    with connect(server.url) as connected:
+        yield connected
+
+
+def test_a_read_is_what_pyarrow_reads(ours: Client, client: flight.FlightClient) -> None:
+    expected = client.do_get(flight.Ticket(ALL)).read_all()
+    assert ours.read(ALL).equals(expected)
+    assert ours.read(ALL.encode()).equals(expected)
+    assert ours.read(start=hour(0).start.replace(tzinfo=None), end="2026-11-01T04:00:00Z").equals(expected)
+    assert ours.read(start=hour(0).start, end=hour(3).end, entity_types=[]).equals(expected)
+    assert pa.Table.from_batches(ours.stream(ALL)).equals(expected)
+
+
+def test_arguments_make_the_ticket(ours: Client) -> None:
+    hour_one = {"start": hour(1).start, "end": hour(1).end}
+    orders = ours.read(**hour_one, entity_types="Order", columns=["entity_type", "pk"])
+    assert orders.column_names == ["entity_type", "pk"]
+    assert set(orders["entity_type"].to_pylist()) == {"Order"}
+    both = ours.read(**hour_one, entity_types=["Order", "User"])
+    assert set(both["entity_type"].to_pylist()) == {"Order", "User"}
+    assert ours.read(**hour_one, limit=7).equals(ours.read(**hour_one).slice(0, 7))
+    assert max(batch.num_rows for batch in ours.stream(**hour_one, batch_size=10)) <= 10
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
+def test_every_codec_gives_the_same_events(ours: Client, codec: str) -> None:
+    assert ours.read(start=hour(0).start, end=hour(0).end, codec=codec).equals(ours.read(start=hour(0).start, end=hour(0).end))
+
+
+def test_polars_reads_tables_and_streams(ours: Client) -> None:
+    expected = pl.DataFrame(ours.read(ALL))
+    assert expected.height == 6_000
+    assert ours.polars(ALL).equals(expected)
+    assert pl.DataFrame(ours.stream(ALL)).equals(expected)
+
+
+def test_pandas_reads_a_table(ours: Client) -> None:
+    assert len(ours.pandas(ALL)) == 6_000
+
+
+def test_info_tells_rows_and_how_far_the_events_are_complete(ours: Client) -> None:
+    info = ours.info("events:*:2026-11-01:2026-11-05:100")
+    assert (info.rows, info.complete_through, info.schema) == (6_000, hour(3).end, WIRE_SCHEMA)
+    assert ours.info("events:Order:2026-11-01:2026-11-05:100").rows is None
+
+
+def test_the_receipt_is_there_when_a_stream_was_read_to_its_end(ours: Client) -> None:
+    with ours.stream(ALL) as stream:
+        next(stream)
+        assert stream.receipt is None
+        stream.read_all()
+        assert stream.receipt is not None
+        assert stream.receipt.rows == 6_000
+
+
+def test_errors_are_of_this_packages_tree_with_the_sentence_of_the_server(
+    ours: Client, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    for call in (ours.read, ours.info, ours.stream):
+        with pytest.raises(TicketError, match=r"^A ticket must look like events:.*got 'nonsense'\.$"):
+            call("nonsense")
+    with (
+        connect(start_server(lake).url) as empty,
+        pytest.raises(LakeEmpty, match=r"^Nothing is published in the lake yet;.*first\.$"),
+    ):
+        empty.read(ALL)
+    for number in (0, 2):
+        publish(lake, hour(number), lake_events(hour(number), 5))
+    with connect(start_server(lake).url) as holed:
+        with pytest.raises(WindowMissing, match=r"^The asked range has 1 window\(s\).*what is there\.$"):
+            holed.read(ALL)
+        assert holed.read(start=hour(0).start, end=hour(3).end, allow_missing=True).num_rows == 10
+
+
+def test_a_server_at_its_limit_is_busy(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    publish(lake, hour(0), lake_events(hour(0), 100_000))
+    with connect(start_server(lake, arrow_flight_max_streams=1).url) as client:
+        with client.stream("events:*:2026-11-01:now:1000") as held:
+            next(held)
+            with pytest.raises(FlightBusy, match="try again in a moment"):
+                client.read("events:*:2026-11-01:now:1000")
+
+
+def test_no_server_is_told_in_one_sentence() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"grpc://127.0.0.1:{unused.getsockname()[1]}"
+        with connect(url) as client, pytest.raises(FlightUnavailable, match=f"^No Flight server answers at {url}; start one with"):
+            client.read(ALL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"), [({}, "at least a start"), ({"ticket": ALL, "start": "now-1h"}, "a ticket or what it is made of")]
+)
+def test_arguments_that_make_no_ticket_are_refused(ours: Client, asked: dict[str, str], complaint: str) -> None:
+    with pytest.raises(TicketError, match=complaint):
+        ours.read(**asked)
+
+
+class LyingServer(flight.FlightServerBase):
+    """Sends three events and then a receipt for four, a receipt nobody can read, or none."""
+
+    def do_get(self, context: object, ticket: flight.Ticket) -> flight.FlightDataStream:
+        batch = pa.record_batch([pa.array([1, 2, 3])], ["pk"])
+        receipts = {
+            b"wrong": {
+                "rows": 4,
+                "table_version": 1,
+                "complete_through": "2026-11-01",
+                "provisional_windows": 0,
+                "missing_windows": 0,
+            },
+            b"unreadable": {"rows": 3},
+        }
+        messages: list[object] = [batch]
+        if ticket.ticket in receipts:
+            messages.append((batch.slice(0, 0), json.dumps(receipts[ticket.ticket]).encode()))
+        return flight.GeneratorStream(batch.schema, messages)
+
+
+@pytest.mark.parametrize(
+    ("ticket", "complaint"),
+    [
+        ("wrong", "does not match its receipt of 4 events after 3 events; read it again"),
+        ("unreadable", "receipt cannot be read"),
+        ("none", "ended without its receipt after 3 events; read it again"),
+    ],
+)
+def test_a_stream_without_a_true_receipt_is_an_error(ticket: str, complaint: str) -> None:
+    with LyingServer("grpc://127.0.0.1:0") as server, connect(f"grpc://127.0.0.1:{server.port}") as client:
+        with pytest.raises(FlightUnavailable, match=complaint):
+            client.read(ticket)

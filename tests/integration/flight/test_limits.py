@@ -1,0 +1,242 @@
+"""What one client can take: so much and no more, and never from the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from pyarrow import flight
+
+from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, TicketError
+from fraiseql_pipeline.flight import protocol
+from fraiseql_pipeline.flight.auth import new_token
+from fraiseql_pipeline.flight.client import connect
+from fraiseql_pipeline.flight.limits import HANDSHAKES, Running
+from fraiseql_pipeline.flight.server import FlightServer
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from tests.integration.flight.conftest import hour, publish
+from tests.support.events import lake_events
+
+ROWS = 200_000
+EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
+#: The same, uncompressed: far more than what gRPC buffers on a busy machine, where its windows grow.
+HELD = json.dumps(
+    {"type": "events", "entity_type": "*", "start": "2026-11-01", "end": "2026-11-01T01:00:00", "batch_size": 1000, "codec": "none"}
+)
+
+
+@pytest.fixture(scope="module")
+def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One window, more of it than the buffers between a server and a client that does not read can hold."""
+    uri = str(tmp_path_factory.mktemp("limits") / "lake")
+    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
+    return uri
+
+
+def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def in_progress(server: FlightServer) -> float | None:
+    return server.metrics.registry.get_sample_value("fraiseql_pipeline_flight_streams_in_progress")
+
+
+def cuts(server: FlightServer, reason: str) -> float | None:
+    return server.metrics.registry.get_sample_value("fraiseql_pipeline_flight_streams_cut_total", {"reason": reason})
+
+
+def test_a_reader_that_stalls_is_cut_and_told_why(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    server = start_server(Lake(lake_uri), arrow_flight_stall_seconds=0.3, arrow_flight_audit_log=str(audit))
+    with flight.connect(server.url) as client:
+        reader = client.do_get(flight.Ticket(HELD))
+        reader.read_chunk()
+        eventually(lambda: cuts(server, "stalled") == 1)
+        eventually(lambda: in_progress(server) == 0)
+        with pytest.raises(Exception, match=r"resource exhausted.*took less than 1024 bytes per second for 0.3 s"):
+            reader.read_all()
+    [line] = [json.loads(line) for line in audit.read_text().splitlines()]
+    assert (line["code"], line["reason"]) == ("CANCELLED", "stalled")
+
+
+def test_a_stream_that_lasts_too_long_is_cut(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_max_stream_seconds=0.3)
+    with connect(server.url) as client, client.stream(HELD) as stream:
+        next(stream)
+        eventually(lambda: cuts(server, "lifetime") == 1)
+        with pytest.raises(FlightUnavailable, match=r"cut after 0\.3 s, the longest it may last"):
+            stream.read_all()
+
+
+def test_a_reader_above_the_minimum_rate_is_not_cut(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_stall_seconds=0.5)
+    rows = 0
+    with connect(server.url) as client, client.stream(EVERYTHING) as stream:
+        for number, batch in enumerate(stream):
+            rows += batch.num_rows
+            if number % 20 == 0:
+                time.sleep(0.1)  # slow enough for the server to wait, quick enough to be welcome
+    assert rows == ROWS
+    assert cuts(server, "stalled") == 0
+
+
+def test_only_time_spent_waiting_for_the_reader_counts() -> None:
+    running = Running(None, "ada", 1000.0, began=0.0)  # type: ignore[arg-type]
+    assert running.verdict(900.0, 10, 100) is None, "it waits for events"
+    running.waiting_since, running.sent_bytes = 900.0, 5000
+    assert running.verdict(909.0, 10, 100) is None
+    assert running.verdict(911.0, 10, 100) is None, "5000 bytes in 11 s are enough"
+    assert running.verdict(920.0, 10, 100) is None
+    assert running.verdict(922.0, 10, 100) == "stalled", "none in the 11 s since are not"
+    assert running.verdict(1001.0, 10, 100) == "lifetime"
+
+
+def test_one_principal_cannot_take_all_streams(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
+    (greedy, first), (other, second) = new_token("greedy", None, ["read"]), new_token("other", None, ["read"])
+    (tmp_path / "tokens").write_text(f"{first}\n{second}\n")
+    server = start_server(
+        Lake(lake_uri), arrow_flight_max_streams_per_principal=2, arrow_flight_tokens_file=str(tmp_path / "tokens")
+    )
+    with connect(server.url, token=greedy) as client:
+        held = [client.stream(HELD) for _ in range(2)]
+        first_rows = [next(stream).num_rows for stream in held]
+        with pytest.raises(FlightBusy, match="already sends 2 streams to this principal"):
+            client.read(EVERYTHING)
+        assert client.info(EVERYTHING).rows == ROWS, "planning is no stream"
+        with connect(server.url, token=other) as neighbour:
+            assert neighbour.read(EVERYTHING).num_rows == ROWS
+        assert first_rows[0] + held[0].read_all().num_rows == ROWS
+        assert client.read(EVERYTHING).num_rows == ROWS
+        held[1].close()
+
+
+def test_a_refusal_says_when_to_try_again_in_every_form(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_max_streams=1)
+    request = protocol.Ticket(ticket=HELD.encode()).SerializeToString()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        get = channel.unary_stream(f"/{protocol.SERVICE}/DoGet")
+        held = get(request)
+        next(held)
+        refused = get(request)
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers = dict(refused.trailing_metadata())
+        held.cancel()
+    assert trailers["grpc-retry-pushback-ms"] == "1000"
+    details = trailers["grpc-status-details-bin"]
+    assert b"type.googleapis.com/google.rpc.RetryInfo" in details
+    assert b"\x0a\x02\x08\x01" in details, "RetryInfo(retry_delay=Duration(seconds=1))"
+
+
+def test_a_ticket_for_too_many_events_is_refused(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_max_rows=1000)
+    with connect(server.url) as client:
+        with pytest.raises(TicketError, match="not have more than 1000 events on this server"):
+            client.info(EVERYTHING)
+        with pytest.raises(TicketError, match="not have more than 1000 events on this server"):
+            client.read(start=hour(0).start, end=hour(0).end, entity_types="Order")
+        assert client.read(start=hour(0).start, end=hour(0).end, limit=1000).num_rows == 1000
+
+
+def test_a_ticket_for_too_many_days_is_refused(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    for number in range(3):
+        publish(lake, hour(24 * number), lake_events(hour(24 * number), 1))
+    server = start_server(lake, arrow_flight_max_range_days=1)
+    with connect(server.url) as client:
+        with pytest.raises(TicketError, match="not cover more than 1 days"):
+            client.read(start="2000-01-01", end="2030-01-01", allow_missing=True)
+        assert client.read(start="2026-11-03", end="2030-01-01").num_rows == 1
+
+
+def test_clients_nobody_knows_cannot_hold_all_threads(
+    lake_uri: str, start_server: Callable[..., FlightServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(Lake(lake_uri))
+    silence = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        silence.wait(30)
+        yield from ()
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        shake = channel.stream_stream(f"/{protocol.SERVICE}/Handshake")
+        waiting = [shake(nothing()) for _ in range(50)]
+        refused = [call for call in waiting[HANDSHAKES:] if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        assert len(refused) >= len(waiting) - 2 * HANDSHAKES
+        with connect(server.url) as client:
+            assert client.read(EVERYTHING).num_rows == ROWS
+        silence.set()
+        for call in waiting:
+            call.cancel()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == [], "a client that leaves is no defect"
+
+
+@pytest.mark.slow
+def test_forty_stalled_readers_do_not_disturb_a_healthy_one(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_stall_seconds=60.0)
+    with flight.connect(server.url) as client:
+        stalled = [client.do_get(flight.Ticket(HELD)) for _ in range(40)]
+        for reader in stalled:
+            reader.read_chunk()
+        assert in_progress(server) == 40
+        with connect(server.url) as healthy:
+            assert healthy.read(EVERYTHING).num_rows == ROWS
+        for reader in stalled:
+            reader.cancel()
+    eventually(lambda: in_progress(server) == 0, 5)
+
+
+def test_abandoned_streams_free_their_files_and_threads(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_max_streams=8)
+    process = psutil.Process()
+
+    def open_files() -> int:
+        """Of the lake and of the frame store, whose lock is not one of a stream's."""
+        paths = [file.path for file in process.open_files()]
+        return sum(path.startswith(lake_uri) or ("fraiseql-frames-" in path and not path.endswith("lock")) for path in paths)
+
+    with flight.connect(server.url) as client:
+        client.do_get(flight.Ticket(HELD)).read_all()
+        for _ in range(3):
+            abandoned = [client.do_get(flight.Ticket(HELD)) for _ in range(8)]
+            for reader in abandoned:
+                reader.read_chunk()
+            assert in_progress(server) == 8
+            assert open_files() > 0
+            for reader in abandoned:
+                reader.cancel()
+            eventually(lambda: in_progress(server) == 0 and open_files() == 0, 5)
+        threads = sum(thread.name.startswith("flight_") for thread in threading.enumerate())
+    assert threads <= Settings().arrow_flight_max_streams + 64, "the pool's threads are kept and bounded"
+
+
+def test_a_client_cancels_its_own_streams_only(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
+    (ada, first), (eve, second) = new_token("ada", None, ["read"]), new_token("eve", None, ["read"])
+    (tmp_path / "tokens").write_text(f"{first}\n{second}\n")
+    server = start_server(Lake(lake_uri), arrow_flight_tokens_file=str(tmp_path / "tokens"))
+    mine, theirs = (flight.FlightCallOptions(headers=[(b"authorization", f"Bearer {token}".encode())]) for token in (ada, eve))
+    with flight.connect(server.url) as client:
+        info = client.get_flight_info(flight.FlightDescriptor.for_command(HELD), mine)
+        reader = client.do_get(info.endpoints[0].ticket, mine)
+        reader.read_chunk()
+        body = protocol.CancelFlightInfoRequest(info=protocol.FlightInfo.FromString(info.serialize())).SerializeToString()
+
+        def cancel(options: flight.FlightCallOptions) -> int:
+            [result] = client.do_action(flight.Action("CancelFlightInfo", body), options)
+            return int(protocol.CancelFlightInfoResult.FromString(result.body.to_pybytes()).status)
+
+        assert cancel(theirs) == protocol.NOT_CANCELLABLE
+        assert cancel(mine) == protocol.CANCELLED
+        with pytest.raises(flight.FlightError, match="ended by CancelFlightInfo"):
+            reader.read_all()
+        assert cancel(mine) == protocol.NOT_CANCELLABLE

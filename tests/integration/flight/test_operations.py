@@ -1,0 +1,344 @@
+"""The server as an operator meets it: metrics, health, several workers, an orderly end."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from pyarrow import flight
+
+from fraiseql_pipeline.errors import FlightUnavailable, PipelineError, SettingsError
+from fraiseql_pipeline.flight import protocol
+from fraiseql_pipeline.flight.auth import new_token
+from fraiseql_pipeline.flight.client import connect
+from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
+from fraiseql_pipeline.flight.server import FlightServer, serve
+from fraiseql_pipeline.flight.workers import run
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from tests.integration.flight.conftest import MIDNIGHT, hour, publish
+from tests.integration.flight.test_limits import HELD, eventually, in_progress
+from tests.support.events import lake_events
+
+ROWS = 200_000
+EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
+PROGRAM = """
+from fraiseql_pipeline.flight.workers import run
+from fraiseql_pipeline.settings import Settings
+if __name__ == "__main__":
+    run(Settings(), started=lambda where: print(where.url, where.metrics_url, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = str(tmp_path_factory.mktemp("operations") / "lake")
+    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
+    return uri
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def samples(text: str) -> dict[str, float]:
+    """Series → value, of the exposition format."""
+    return {series: float(value) for series, value in re.findall(r"^([a-z_]+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)}
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_every_metric_that_is_shown_moves(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
+    token, line = new_token("ada", None, ["read"])
+    (tmp_path / "tokens").write_text(line)
+    server = start_server(
+        Lake(lake_uri),
+        arrow_flight_tokens_file=str(tmp_path / "tokens"),
+        arrow_flight_stall_seconds=0.3,
+        arrow_flight_cache_bytes=20_000_000,
+    )
+    with ExitStack() as stack:
+        shown = MetricsServer("127.0.0.1:0", [server.metrics.registry], lambda: True)
+        stack.callback(shown.close)
+        code, text = get(f"{shown.url}/metrics")
+        assert code == 200
+        before = samples(text)
+        with connect(server.url, token=token) as client:
+            for _ in range(2):
+                client.read(start=hour(0).start, end=hour(0).end, codec="zstd")
+            kept = samples(get(f"{shown.url}/metrics")[1])
+            assert kept["fraiseql_pipeline_flight_frames_bytes"] > 0
+            client.read(start=hour(0).start, end=hour(0).end, codec="none")  # more than the cache holds
+            with connect(server.url) as stranger, pytest.raises(PipelineError):
+                stranger.read(EVERYTHING)
+            stream = client.stream(HELD)
+            next(stream)
+            during = samples(get(f"{shown.url}/metrics")[1])
+            assert during["fraiseql_pipeline_flight_streams_in_progress"] == 1
+            eventually(lambda: in_progress(server) == 0)  # cut: nobody reads
+            with pytest.raises(FlightUnavailable):
+                stream.read_all()
+        after = samples(get(f"{shown.url}/metrics")[1])
+    assert after["fraiseql_pipeline_flight_streams_in_progress"] == 0
+    assert after["fraiseql_pipeline_flight_rows_total"] > ROWS
+    assert after['fraiseql_pipeline_flight_requests_total{code="OK",method="DoGet"}'] == 3
+    assert after['fraiseql_pipeline_flight_requests_total{code="UNAUTHENTICATED",method="DoGet"}'] == 1
+    assert after['fraiseql_pipeline_flight_auth_failures_total{reason="missing"}'] == 1
+    assert after['fraiseql_pipeline_flight_streams_cut_total{reason="stalled"}'] == 1
+    assert after["fraiseql_pipeline_flight_stalled_seconds_total"] > 0.2
+    families = {re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", series) for series in before}
+    still = {
+        family
+        for family in families
+        if not family.endswith(("streams_in_progress", "frames_bytes"))  # gauges: seen above, and back where they were
+        and all(after[series] == value for series, value in before.items() if series.startswith(family))
+        and not any(series.startswith(family) for series in set(after) - set(before))
+    }
+    assert still == set(), "shown, and never moved"
+    assert not any(series.endswith("_created") for series in after)
+
+
+def test_the_lake_tells_how_far_it_reaches(lake: Lake) -> None:
+    state = LakeState(lake)
+
+    def watermark() -> list[float]:
+        return [sample.value for metric in state.collect() for sample in metric.samples if "watermark" in sample.name]
+
+    assert watermark() == []
+    assert state.ready()
+    publish(lake, hour(3), lake_events(hour(3), 1))
+    assert watermark() == [hour(3).end.timestamp()]
+
+
+def test_a_lake_that_cannot_be_read_is_not_ready(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fraiseql_pipeline.errors import LakeUnavailable
+
+    def unavailable(*_: object) -> None:
+        raise LakeUnavailable("The storage did not answer.")
+
+    shown = MetricsServer("127.0.0.1:0", [], LakeState(lake).ready)
+    assert get(f"{shown.url}/readyz") == (200, "ready\n")
+    monkeypatch.setattr(Lake, "published", unavailable)
+    assert get(f"{shown.url}/readyz") == (503, "not ready\n")
+    assert get(f"{shown.url}/healthz") == (200, "ok\n")
+    assert get(f"{shown.url}/../../etc/passwd")[0] == 404
+    shown.close()
+
+
+def test_metrics_that_cannot_be_shown_stop_the_start(lake_uri: str) -> None:
+    first = MetricsServer("127.0.0.1:0", [], lambda: True)
+    with pytest.raises(SettingsError, match="choose another FRAISEQL_METRICS_BIND, or off"):
+        run(Settings(arrow_flight_bind="127.0.0.1:0", metrics_bind=f"127.0.0.1:{first.port}", lake_uri=lake_uri, start=MIDNIGHT))
+    first.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- health
+
+
+def test_probes_need_no_credential(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(new_token("ada", None, ["read"])[1])
+    server = start_server(Lake(lake_uri), arrow_flight_tokens_file=str(tmp_path / "tokens"))
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        check = channel.unary_unary(f"/{protocol.HEALTH_SERVICE}/Check")
+        for name in ("", protocol.SERVICE):
+            answer = check(protocol.HealthCheckRequest(service=name).SerializeToString())
+            assert protocol.HealthCheckResponse.FromString(answer).status == protocol.SERVING
+        for request in (protocol.HealthCheckRequest(service="x").SerializeToString(), b"\xff\xff"):
+            with pytest.raises(grpc.RpcError) as unknown:
+                check(request)
+            assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = channel.unary_stream(f"/{protocol.HEALTH_SERVICE}/Watch")
+        with pytest.raises(grpc.RpcError) as refused:
+            list(watch(b""))
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_stock_health_client_understands_the_answer(server: FlightServer) -> None:
+    health = pytest.importorskip("grpc_health.v1.health_pb2")
+    from grpc_health.v1.health_pb2_grpc import HealthStub
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        answer = HealthStub(channel).Check(health.HealthCheckRequest())
+    assert answer.status == health.HealthCheckResponse.SERVING
+
+
+# -------------------------------------------------------------------------------------------------------------- workers
+
+Start = Callable[..., tuple["subprocess.Popen[str]", str, str]]
+
+
+@pytest.fixture
+def start(lake_uri: str, tmp_path: Path) -> Iterator[Start]:
+    running: list[subprocess.Popen[str]] = []
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+
+    def run_program(**environment: str) -> tuple[subprocess.Popen[str], str, str]:
+        chosen = {
+            "FRAISEQL_LAKE_URI": lake_uri,
+            "FRAISEQL_START": MIDNIGHT.isoformat(),
+            "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
+            "FRAISEQL_METRICS_BIND": "127.0.0.1:0",
+            "PYTHONPATH": str(Path(__file__).parents[3]),
+            "TMPDIR": str(tmp_path),
+            **environment,
+        }
+        running.append(
+            subprocess.Popen([sys.executable, str(program)], env=chosen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        assert running[-1].stdout is not None
+        url, metrics_url = running[-1].stdout.readline().split()
+        return running[-1], url, metrics_url
+
+    yield run_program
+    for process in running:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for child in [*children, process]:
+            child.kill()
+        process.communicate()
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children():
+        try:
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+def read_whole(url: str) -> int:
+    with connect(url) as client:
+        return client.read(EVERYTHING).num_rows
+
+
+def test_one_process_shows_metrics_and_stops_being_ready_when_told_to_end(start: Start) -> None:
+    process, url, metrics = start()
+    assert get(f"{metrics}/readyz")[0] == 200
+    with connect(url) as client, client.stream(HELD) as stream:
+        rows = next(stream).num_rows
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: get(f"{metrics}/readyz")[0] == 503)
+        assert get(f"{metrics}/healthz")[0] == 200
+        assert rows + stream.read_all().num_rows == ROWS
+    assert process.wait(20) == 0
+
+
+def test_workers_share_a_port_and_their_counts_are_added_up(start: Start, tmp_path: Path) -> None:
+    process, url, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2")
+    assert len(workers_of(process)) == 2
+    for _ in range(4):  # a connection each; the kernel spreads them
+        read_whole(url)
+    shown = samples(get(f"{metrics}/metrics")[1])
+    assert shown['fraiseql_pipeline_flight_requests_total{code="OK",method="DoGet"}'] == 4
+    assert shown["fraiseql_pipeline_flight_rows_total"] == 4 * ROWS
+    assert shown["fraiseql_pipeline_watermark_timestamp_seconds"] == hour(0).end.timestamp()
+    with pytest.raises(SettingsError, match="another process holds the port"):
+        serve(Settings(arrow_flight_bind=url.removeprefix("grpc://")), lake=Lake(str(tmp_path)))
+
+    # One that dies is replaced, the other goes on, and nothing that was counted is lost.
+    first, second = workers_of(process)
+    first.kill()
+    eventually(lambda: len(workers_of(process)) == 2 and first.pid not in {worker.pid for worker in workers_of(process)})
+    assert second.is_running()
+    eventually(lambda: read_or_none(url) == ROWS)
+    after = samples(get(f"{metrics}/metrics")[1])
+    assert after["fraiseql_pipeline_flight_rows_total"] >= 5 * ROWS
+
+    # The end: a running stream finishes, and nobody is left.
+    with connect(url) as client, client.stream(HELD) as stream:
+        rows = next(stream).num_rows
+        workers = workers_of(process)
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: get(f"{metrics}/readyz")[0] == 503)
+        assert rows + stream.read_all().num_rows == ROWS
+    assert process.wait(20) == 0
+    assert psutil.wait_procs(workers, 10)[1] == []
+    assert not list(tmp_path.glob("fraiseql-metrics-*"))
+
+
+def read_or_none(url: str) -> int | None:
+    try:
+        return read_whole(url)
+    except FlightUnavailable:
+        return None
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_its_supervisor(start: Start) -> None:
+    process, _, _ = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2")
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    assert psutil.wait_procs(workers, 15)[1] == []
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_workers_at_once(start: Start) -> None:
+    process, url, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2", FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="3600")
+    with flight.connect(url) as client:
+        reader = client.do_get(flight.Ticket(HELD))
+        reader.read_chunk()
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: get(f"{metrics}/readyz")[0] == 503)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def test_a_worker_that_cannot_start_is_the_error_of_the_command(lake_uri: str) -> None:
+    settings = Settings(
+        arrow_flight_bind="127.0.0.1:0",
+        metrics_bind="off",
+        arrow_flight_workers=2,
+        lake_uri=lake_uri,
+        arrow_flight_tokens_file="/nowhere/tokens",
+    )
+    with pytest.raises(SettingsError, match="FRAISEQL_ARROW_FLIGHT_TOKENS_FILE must name files that can be read"):
+        run(settings)
+
+
+@pytest.mark.slow
+def test_the_audit_log_of_all_workers_is_one_file(start: Start, tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    process, url, _ = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2", FRAISEQL_ARROW_FLIGHT_AUDIT_LOG=str(log))
+    for _ in range(4):
+        read_whole(url)
+    log.rename(tmp_path / "rotated.jsonl")
+    read_whole(url)
+    eventually(log.exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    lines = [json.loads(line) for file in ("rotated.jsonl", "audit.jsonl") for line in (tmp_path / file).read_text().splitlines()]
+    assert [line["rows"] for line in lines] == [ROWS] * 5
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_time_of_a_call_is_in_its_audit_line(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    server = start_server(Lake(lake_uri), arrow_flight_audit_log=str(log))
+    began = time.time()
+    with connect(server.url) as client:
+        client.info(EVERYTHING)
+    [line] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert 0 <= line["seconds"] <= time.time() - began
+    assert line["at"].endswith("+00:00")

@@ -1,0 +1,180 @@
+"""The server as a process: where it binds, how it stops, what its death means for a client."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyarrow import flight
+
+from fraiseql_pipeline.errors import FlightUnavailable, SettingsError
+from fraiseql_pipeline.flight.client import connect
+from fraiseql_pipeline.flight.server import FlightServer, serve
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from tests.integration.flight.conftest import MIDNIGHT, hour, publish
+from tests.support.events import lake_events
+
+ROWS = 200_000
+EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
+PROGRAM = """
+from fraiseql_pipeline.flight.server import serve
+from fraiseql_pipeline.settings import Settings
+with serve(Settings()) as server:
+    print(server.port, flush=True)
+    server.run_until_signal()
+"""
+
+
+@pytest.fixture(scope="module")
+def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A lake with one window, more of it than the buffers between a server and a client that does not read can hold."""
+    uri = str(tmp_path_factory.mktemp("large") / "lake")
+    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
+    return uri
+
+
+@pytest.fixture
+def process(lake_uri: str) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    running: list[subprocess.Popen[str]] = []
+
+    def run(**environment: str) -> tuple[subprocess.Popen[str], str]:
+        chosen = {
+            "FRAISEQL_LAKE_URI": lake_uri,
+            "FRAISEQL_START": MIDNIGHT.isoformat(),
+            "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
+            "PYTHONPATH": str(Path(__file__).parents[3]),
+            **environment,
+        }
+        running.append(subprocess.Popen([sys.executable, "-c", PROGRAM], env=chosen, stdout=subprocess.PIPE, text=True))
+        assert running[-1].stdout is not None
+        return running[-1], f"grpc://127.0.0.1:{int(running[-1].stdout.readline())}"
+
+    yield run
+    for server in running:
+        server.kill()
+        server.communicate()
+
+
+Process = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+def test_a_server_killed_in_the_middle_of_a_stream_gives_its_clients_an_error(process: Process) -> None:
+    server, url = process()
+    with flight.connect(url) as stock, connect(url) as ours:
+        reader = stock.do_get(flight.Ticket(EVERYTHING))
+        reader.read_chunk()
+        stream = ours.stream(EVERYTHING)
+        next(stream)
+        server.kill()
+        with pytest.raises(flight.FlightError):
+            reader.read_all()
+        with pytest.raises(FlightUnavailable):
+            stream.read_all()
+
+
+def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(process: Process) -> None:
+    server, url = process()
+    with flight.connect(url) as client:
+        reader = client.do_get(flight.Ticket(EVERYTHING))
+        rows = reader.read_chunk().data.num_rows
+        server.send_signal(signal.SIGTERM)
+        refused = False
+        for _ in range(200):
+            with flight.connect(url) as late:
+                try:
+                    late.get_flight_info(flight.FlightDescriptor.for_command(EVERYTHING))
+                except flight.FlightError:
+                    refused = True
+                    break
+            time.sleep(0.02)
+        assert refused
+        assert rows + reader.read_all().num_rows == ROWS
+    assert server.wait(30) == 0
+
+
+def test_a_reader_that_does_not_read_cannot_hold_up_the_end(process: Process) -> None:
+    server, url = process(FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="0.5")
+    with flight.connect(url) as client:
+        reader = client.do_get(flight.Ticket(EVERYTHING))
+        reader.read_chunk()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        with pytest.raises(flight.FlightError):
+            reader.read_all()
+
+
+def test_a_second_signal_ends_the_streams_at_once(process: Process) -> None:
+    server, url = process(FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="3600")
+    with flight.connect(url) as client:
+        reader = client.do_get(flight.Ticket(EVERYTHING))
+        reader.read_chunk()
+        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGINT)  # not a second SIGTERM: two of a kind may be delivered as one
+        assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.org:0"])
+def test_an_address_others_can_reach_is_refused(lake: Lake, bind: str) -> None:
+    with pytest.raises(SettingsError, match="FRAISEQL_ARROW_FLIGHT_BIND must be a loopback address"):
+        serve(Settings(arrow_flight_bind=bind), lake=lake)
+
+
+def test_an_address_others_can_reach_is_served_when_insisted_on(lake: Lake) -> None:
+    with serve(Settings(arrow_flight_bind="0.0.0.0:0"), lake=lake, insecure=True) as server:
+        assert server.port > 0
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "localhost:0"])
+def test_loopback_is_served_and_a_free_port_is_told(lake: Lake, bind: str) -> None:
+    with serve(Settings(arrow_flight_bind=bind), lake=lake) as server, flight.connect(server.url) as client:
+        assert list(client.list_flights()) == []
+
+
+def test_a_port_is_not_shared_with_another_server(lake: Lake) -> None:
+    with serve(Settings(arrow_flight_bind="127.0.0.1:0"), lake=lake) as server:
+        with pytest.raises(SettingsError, match="another process holds the port"):
+            serve(Settings(arrow_flight_bind=f"127.0.0.1:{server.port}"), lake=lake)
+
+
+def test_a_disabled_server_does_not_start(lake: Lake) -> None:
+    with pytest.raises(SettingsError, match="disabled by FRAISEQL_ARROW_FLIGHT_ENABLED"):
+        serve(Settings(arrow_flight_enabled=False), lake=lake)
+
+
+def test_bytes_that_are_no_protocol_do_not_disturb_the_server(server: FlightServer, client: flight.FlightClient) -> None:
+    for noise in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01" + bytes(100),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(range(256)) * 40,
+    ):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(noise)
+    assert len(list(client.list_flights())) == 1
+
+
+def test_an_abandoned_stream_frees_its_slot(lake_uri: str, start_server: Callable[..., FlightServer]) -> None:
+    server = start_server(Lake(lake_uri), arrow_flight_max_streams=1)
+    with flight.connect(server.url) as abandoning:
+        reader = abandoning.do_get(flight.Ticket(EVERYTHING))
+        reader.read_chunk()
+        reader.cancel()
+    with connect(server.url) as client:
+        for _ in range(500):
+            try:
+                assert (
+                    client.read(
+                        EVERYTHING,
+                    ).num_rows
+                    == ROWS
+                )
+                return
+            except FlightUnavailable:
+                time.sleep(0.01)
+    pytest.fail("the slot of a cancelled stream was not freed")

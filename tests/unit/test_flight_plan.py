@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fraiseql_pipeline.errors import LakeEmpty, TicketError, WindowMissing
+from fraiseql_pipeline.flight.plan import Plan, View, plan
+from fraiseql_pipeline.lake import Commit, Snapshot
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.ticket import Ticket
+from fraiseql_pipeline.window import Window, WindowSize
+
+START = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+def hour(number: int) -> Window:
+    return Window(START + timedelta(hours=number), WindowSize.HOUR)
+
+
+def commit(window: Window, *, rows: int = 10, version: int = 1, state: str = "sealed") -> Commit:
+    return Commit(
+        window=window,
+        outcome="published",
+        table_version=version,
+        quarantine_version=None,
+        settled_pk=1,
+        state=state,
+        source_rows=rows,
+        accepted_rows=rows,
+        quarantined_rows=0,
+        content_hash="",
+        bytes=0,
+        run_id="",
+        committed_at=window.end,
+        settled_at=window.end,
+        identity="",
+    )
+
+
+def published(*hours: int) -> dict[Window, Commit]:
+    return {hour(number): commit(hour(number), version=number + 1) for number in hours}
+
+
+def view(windows: dict[Window, Commit]) -> View:
+    return View(Snapshot(10**6, (), windows, None))
+
+
+def planned(windows: dict[Window, Commit], start: datetime, end: datetime, **options: object) -> Plan:
+    return plan(Ticket(start=start, end=end, **options), Snapshot(10**6, (), windows, None), first=START, size=WindowSize.HOUR)
+
+
+@given(hours=st.sets(st.integers(0, 40), min_size=1), start=st.integers(0, 44 * 4), length=st.integers(1, 44 * 4))
+def test_a_hole_is_every_unpublished_window_of_the_range_before_the_newest_published_one(
+    hours: set[int], start: int, length: int
+) -> None:
+    begin, end = START + timedelta(minutes=15 * start), START + timedelta(minutes=15 * (start + length))
+    touched = {number for number in range(88) if hour(number).start < end and hour(number).end > begin}
+    holes = sorted(number for number in touched - hours if number < max(hours))
+    if not holes:
+        assert planned(published(*hours), begin, end).missing_windows == 0
+        return
+    with pytest.raises(WindowMissing) as error:
+        planned(published(*hours), begin, end)
+    assert error.value.missing == tuple(hour(number).key for number in holes)
+    assert planned(published(*hours), begin, end, allow_missing=True).missing_windows == len(holes)
+
+
+def test_a_message_about_many_holes_names_a_few_and_counts_the_rest() -> None:
+    with pytest.raises(WindowMissing, match=r"has 9999 window\(s\).*2026-11-01-03:00 and 9996 more;"):
+        planned(published(0, 10_000), START, hour(20_000).end)
+
+
+def test_nothing_is_missing_before_the_first_window_of_the_settings() -> None:
+    far = datetime(2000, 1, 1, tzinfo=UTC)
+    assert planned(published(0, 1), far, hour(1).end).missing_windows == 0
+
+
+def test_rows_are_exact_only_where_whole_windows_are_read() -> None:
+    windows = published(0, 1, 2)
+    assert planned(windows, START, hour(2).end).rows == 30
+    assert planned(windows, START, hour(100).end).rows == 30
+    assert planned(windows, START, hour(2).end, limit=7).rows == 7
+    assert planned(windows, START, hour(2).end, limit=70).rows == 30
+    assert planned(windows, START + timedelta(microseconds=1), hour(2).end).rows is None
+    assert planned(windows, START, hour(2).end, entity_types=("Order",)).rows is None
+    assert planned(windows, hour(3).start, hour(4).end).rows == 0
+
+
+def test_a_plan_ends_where_the_published_windows_end() -> None:
+    assert planned(published(0, 1), START, hour(9).end).complete_through == hour(1).end
+    assert planned(published(0, 1), START, hour(0).end).complete_through == hour(0).end
+
+
+def test_provisional_windows_of_the_range_are_counted() -> None:
+    windows = published(0, 1) | {hour(2): commit(hour(2), state="provisional")}
+    assert planned(windows, START, hour(2).end).provisional_windows == 1
+    assert planned(windows, START, hour(1).end).provisional_windows == 0
+
+
+def test_nothing_published_at_all_is_no_empty_table() -> None:
+    with pytest.raises(LakeEmpty):
+        planned({}, START, hour(1).end)
+
+
+def test_events_that_nanoseconds_cannot_hold_are_refused_by_name() -> None:
+    old = Window(datetime(1500, 1, 1, tzinfo=UTC), WindowSize.HOUR)
+    far = (datetime(1400, 1, 1, tzinfo=UTC), hour(1).end)
+    with pytest.raises(TicketError, match="Window 1500-01-01-00:00 lies outside 1677-09-22 to 2262-04-11"):
+        planned({old: commit(old), hour(0): commit(hour(0))}, *far, allow_missing=True)
+    assert planned({old: commit(old), hour(0): commit(hour(0))}, *far, allow_missing=True, columns=("pk",)).rows == 20
+    assert planned({old: commit(old, rows=0), hour(0): commit(hour(0))}, *far, allow_missing=True).rows == 10
+
+
+def test_days_and_hours_cover_a_range_together() -> None:
+    day = Window(START, WindowSize.DAY)
+    windows = {day: commit(day), hour(24): commit(hour(24))}
+    assert planned(windows, START, hour(24).end).missing_windows == 0
+    assert view(windows).stretches() == [(START, hour(24).end)]
+    assert view(windows).extent == (START, hour(24).end)
+
+
+def test_stretches_end_at_holes() -> None:
+    assert view(published(0, 1, 3)).stretches() == [(START, hour(1).end), (hour(3).start, hour(3).end)]
+    with pytest.raises(LakeEmpty):
+        view({})
+
+
+def test_without_a_start_of_its_own_a_lake_begins_with_its_oldest_window() -> None:
+    view = Snapshot(10**6, (), published(5, 6), None)
+    ticket = Ticket(start=hour(0).start, end=hour(7).start)
+    assert plan(ticket, view, first=None, size=WindowSize.HOUR).missing_windows == 0
+    with pytest.raises(WindowMissing):
+        plan(ticket, view, first=hour(0).start, size=WindowSize.HOUR)
+    assert Settings().first_window is None
+    assert Settings(start=START).first_window == START

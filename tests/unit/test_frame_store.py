@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import fcntl
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fraiseql_pipeline.errors import FlightUnavailable
+from fraiseql_pipeline.flight.frames import FrameStore, Message
+
+
+def message(data: bytes, rows: int = 1) -> Message:
+    return Message(data, rows)
+
+
+def drained(store: FrameStore, key: object, *data: bytes) -> list[bytes]:
+    """What a reader of a key gets, whose messages are ``data`` if they have to be made."""
+    entry = store.open(key, lambda: [message(part) for part in data])
+    try:
+        return [entry.read(item) for item in entry.items()]
+    finally:
+        store.release(entry)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FrameStore]:
+    with FrameStore(1000, tmp_path) as opened:
+        yield opened
+
+
+def never() -> list[Message]:
+    raise AssertionError("made twice")
+
+
+def test_what_was_made_once_is_read_again_without_being_made(store: FrameStore) -> None:
+    assert drained(store, "a", b"one", b"two") == [b"one", b"two"]
+    entry = store.open("a", never)
+    assert [entry.read(item) for item in entry.items()] == [b"one", b"two"]
+    store.release(entry)
+    assert (store.figures().hits, store.figures().misses) == (1, 1)
+
+
+def test_a_reader_gets_each_message_while_the_next_is_being_made(store: FrameStore) -> None:
+    allowed = threading.Semaphore(1)
+
+    def make() -> Iterator[Message]:
+        for number in range(3):
+            assert allowed.acquire(timeout=30)
+            yield message(bytes([number]))
+
+    entry = store.open("a", make)
+    for number, item in enumerate(entry.items()):
+        assert entry.read(item) == bytes([number])
+        allowed.release()
+    store.release(entry)
+
+
+def test_readers_that_come_together_share_one_making(store: FrameStore) -> None:
+    together = threading.Barrier(8)
+    made = []
+
+    def make() -> Iterator[Message]:
+        made.append(1)
+        for number in range(50):
+            yield message(bytes([number]) * 10)
+
+    def read(_: int) -> bytes:
+        together.wait(30)
+        entry = store.open("a", make)
+        content = b"".join(entry.read(item) for item in entry.items())
+        store.release(entry)
+        return content
+
+    with ThreadPoolExecutor(8) as pool:
+        contents = set(pool.map(read, range(8)))
+    assert len(made) == 1
+    assert contents == {b"".join(bytes([number]) * 10 for number in range(50))}
+
+
+def test_what_is_kept_stays_within_the_bound_and_the_last_used_stays(store: FrameStore) -> None:
+    for key in range(10):
+        drained(store, key, b"x" * 300)
+        drained(store, 0, b"x" * 300)
+    figures = store.figures()
+    assert figures.bytes <= 1000
+    assert figures.evictions == 7
+    assert store.size_of(0) == 300
+    assert store.size_of(1) is None
+
+
+def test_a_bound_of_nothing_keeps_nothing(tmp_path: Path) -> None:
+    with FrameStore(0, tmp_path) as store:
+        assert drained(store, "a", b"one") == [b"one"]
+        assert store.figures().entries == 0
+        assert [path.name for path in next(tmp_path.iterdir()).iterdir()] == ["lock"]
+
+
+def test_what_is_being_read_is_not_let_go(store: FrameStore) -> None:
+    entry = store.open("a", lambda: [message(b"x" * 900)])
+    items = list(entry.items())
+    drained(store, "b", b"y" * 900)
+    assert entry.read(items[0]) == b"x" * 900
+    store.release(entry)
+    assert store.figures().bytes <= 1000
+
+
+def test_a_failure_reaches_every_reader_and_the_next_one_tries_again(store: FrameStore) -> None:
+    def make() -> Iterator[Message]:
+        yield message(b"one")
+        raise ValueError("broken")
+
+    entry = store.open("a", make)
+    with pytest.raises(ValueError, match="broken"):
+        list(entry.items())
+    store.release(entry)
+    assert drained(store, "a", b"two") == [b"two"]
+
+
+def test_a_reader_that_leaves_lets_what_is_small_be_finished_and_ends_the_rest(store: FrameStore) -> None:
+    left = threading.Event()
+
+    def make() -> Iterator[Message]:
+        yield message(b"one")
+        assert left.wait(30)
+        yield message(b"two")
+
+    for keep_going in (True, False):
+        left.clear()
+        entry = store.open(keep_going, make, keep_going=keep_going)
+        next(entry.items())
+        store.release(entry)
+        left.set()
+        with entry._grown:
+            assert entry._grown.wait_for(lambda entry=entry: entry.complete or entry._error is not None, 30)
+        assert entry.complete is keep_going
+    assert store.figures().entries == 1
+
+
+def test_files_are_open_only_while_somebody_reads(store: FrameStore) -> None:
+    def descriptors() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    drained(store, "first", b"x")
+    before = descriptors()
+    for key in range(5):
+        drained(store, key, b"x")
+    assert descriptors() == before
+
+
+def test_what_a_dead_server_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    for name in ("fraiseql-frames-dead", "fraiseql-frames-alive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        (tmp_path / name / "1").write_bytes(b"frames")
+    # Of another open file description, as another process has.
+    with (tmp_path / "fraiseql-frames-alive" / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with FrameStore(1000, tmp_path) as store:
+            drained(store, "a", b"x")
+            assert not (tmp_path / "fraiseql-frames-dead").exists()
+            assert (tmp_path / "fraiseql-frames-alive" / "1").exists()
+
+
+def test_a_closed_store_leaves_no_file(tmp_path: Path) -> None:
+    store = FrameStore(1000, tmp_path)
+    drained(store, "a", b"x")
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FlightUnavailable, match="is stopping"):
+        store.open("a", never)
+
+
+def test_a_directory_that_cannot_be_written_is_said_without_naming_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with FrameStore(1000, tmp_path / "file") as store, pytest.raises(FlightUnavailable, match="cannot keep frames") as error:
+        store.open("a", never)
+    assert str(tmp_path) not in str(error.value)
