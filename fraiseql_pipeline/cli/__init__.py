@@ -1,0 +1,82 @@
+"""The command line ``fraiseql-pipeline``: thin commands over the library.
+
+What lives here: the command group and the one place where an error becomes a sentence and an exit code. What must not: anything a
+Python caller could want; that belongs in the library.
+
+Exit codes: 0 done · 1 a defect or an interrupted run · 2 a wrong argument or setting · 3 Postgres · 4 validation halted a window ·
+5 the lake · 6 the Flight server. ``fraiseql_pipeline/errors.py`` lists which error has which.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from fraiseql_pipeline.cli import bench, demo, flight, lake, source, windows
+from fraiseql_pipeline.cli.output import Output, package_version
+from fraiseql_pipeline.errors import PipelineError, SettleTimeout
+from fraiseql_pipeline.settings import Settings
+
+
+class Commands(click.Group):
+    """A group whose commands end in one sentence instead of a traceback, and which takes ``--json`` wherever it stands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--json" in args:
+            args = ["--json", *(arg for arg in args if arg != "--json")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            lines = [f"Error: {error}"]
+            if isinstance(error, SettleTimeout):
+                lines += [f"  {blocker}" for blocker in error.blockers]
+            click.echo("\n".join(lines), err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) has seen enough; closing stderr keeps the interpreter from complaining at exit.
+            sys.stderr.close()
+            ctx.exit(0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_version(), prog_name="fraiseql-pipeline")
+@click.option(
+    "--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with settings (FRAISEQL_ names, lower case)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.pass_context
+def main(ctx: click.Context, config: Path | None, as_json: bool) -> None:
+    """Change-log events of FraiseQL: from Postgres to Delta tables and Arrow Flight, in complete windows.
+
+    Settings come from FRAISEQL_… environment variables; docs/configuration.md lists them.
+    """
+    import pyarrow as pa
+
+    # One allocator for Arrow and for the driver that reads Postgres, so that memory freed by one serves the other.
+    # That is for the program to choose, not for a library.
+    pa.set_memory_pool(pa.system_memory_pool())
+    ctx.obj = Output(as_json=as_json, load=lambda: Settings.load(config))
+
+
+for command in (
+    demo.demo,
+    windows.materialize,
+    windows.late,
+    windows.audit,
+    windows.status,
+    source.doctor,
+    source.sample,
+    lake.quarantine,
+    lake.maintain,
+    lake.fsck,
+    flight.serve,
+    flight.read,
+    flight.token,
+    bench.bench,
+):
+    main.add_command(command)

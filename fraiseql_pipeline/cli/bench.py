@@ -1,0 +1,95 @@
+"""``bench``: our measurements against references, side by side in one run."""
+
+from __future__ import annotations
+
+import tempfile
+
+import click
+
+from fraiseql_pipeline import benchmark, pipeline
+from fraiseql_pipeline.benchmark import Report
+from fraiseql_pipeline.benchmark_flight import flight_server
+from fraiseql_pipeline.changelog import open_changelog, scratch_changelog, write_sample
+from fraiseql_pipeline.cli.output import Output, pass_output
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import WindowSize, tile
+
+
+@click.group()
+def bench() -> None:
+    """Measure against references on the same rows, and compare the ratios with the budgets. Exit code 1 when one is missed."""
+
+
+@bench.command()
+@click.option(
+    "--events", default=1_000_000, show_default=True, type=click.IntRange(1000), help="Events of the day that is materialized."
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="How often every case is run.")
+@pass_output
+def materialize(output: Output, events: int, rounds: int) -> None:
+    """Postgres to Delta: ours, polars + deltalake, a bare ADBC fetch, the server's own COPY."""
+    day = benchmark.day_of()
+    with scratch_changelog(output.settings) as changelog:
+        output.say(f"Writing {events:,} sample events of one day …")
+        write_sample(changelog, events, days=1, end=day.end)
+        report = benchmark.materialize(changelog.url, day, events, rounds=rounds, tell=output.say)
+    _show(output, report)
+
+
+@bench.command()
+@click.option("--few", default=10, show_default=True, type=click.IntRange(1), help="Windows of the small lake.")
+@click.option("--many", default=10_000, show_default=True, type=click.IntRange(2), help="Windows of the large lake.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="How often every case is run.")
+@pass_output
+def windows(output: Output, few: int, many: int, rounds: int) -> None:
+    """What one more window costs in a small and in a large lake."""
+    with scratch_changelog(output.settings) as changelog:
+        report = benchmark.windows(changelog.url, benchmark.day_of(), few=few, many=many, rounds=rounds, tell=output.say)
+    _show(output, report)
+
+
+@bench.command()
+@click.option("--events", default=1_000_000, show_default=True, type=click.IntRange(1000), help="Events of the day that is served.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="How often every case is run.")
+@pass_output
+def flight(output: Output, events: int, rounds: int) -> None:
+    """Arrow Flight streams: ours warm and cold in every encoding, and a pyarrow.flight server with the events in memory."""
+    day = benchmark.day_of()
+    with scratch_changelog(output.settings) as changelog, tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
+        output.say(f"Writing {events:,} sample events of one day …")
+        write_sample(changelog, events, days=1, end=day.end)
+        settings = Settings(database_url=changelog.url, lake_uri=f"{directory}/lake", start=day.start)
+        windows = list(tile(day.start, day.end, WindowSize.HOUR))
+        with open_changelog(settings) as opened:
+            pipeline.materialize(windows, settings=settings, changelog=opened, lake=Lake.of(settings))
+        report = flight_server(settings.lake_uri, day.start, day.end, rounds=rounds, tell=output.say)
+    _show(output, report)
+
+
+def _show(output: Output, report: Report) -> None:
+    output.result(report.as_dict())
+    output.table(
+        f"{report.bench}: {report.rows:,} rows",
+        ("case", "metric", "median", "min", "max", "unit"),
+        [
+            (r.case, r.metric, _number(r.median), _number(r.min), _number(r.max), r.unit)
+            if r.skipped is None
+            else (r.case, r.metric, r.skipped, "", "", "")
+            for r in report.results
+        ],
+    )
+    marks = {True: "met", False: "missed", None: "not measured"}
+    output.table(
+        "Budgets",
+        ("ratio", "value", "budget", ""),
+        [(r.name, _number(r.value), f"{'≤' if r.at_most else '≥'} {r.budget:g}", marks[r.met]) for r in report.ratios],
+    )
+    if not report.met:
+        raise SystemExit(1)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.3g}"

@@ -1,0 +1,85 @@
+"""``fsck``, ``maintain`` and ``quarantine``: what concerns the Delta tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import click
+
+from fraiseql_pipeline.cli.output import Output, pass_output
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.window import Window
+
+
+@click.command()
+@click.option("--repair", is_flag=True, help="Do the repairs that lose nothing.")
+@pass_output
+def fsck(output: Output, repair: bool) -> None:
+    """Look for torn log entries, missing files and counts that do not match. Exit code 5 when something is wrong."""
+    findings = Lake.of(output.settings).fsck(repair=repair)
+    open_findings = [finding for finding in findings if not finding.repaired]
+    output.result({"findings": [asdict(finding) for finding in findings]})
+    if not findings:
+        output.say("The lake is sound.")
+        return
+    output.table(
+        "Findings",
+        ("table", "where", "problem", "remedy"),
+        [(f.table, f.subject, f.problem, "repaired" if f.repaired else f.remedy) for f in findings],
+    )
+    if open_findings:
+        raise SystemExit(5)
+
+
+@click.command()
+@pass_output
+def maintain(output: Output) -> None:
+    """Compact closed days, write a checkpoint, delete files that nothing refers to any more."""
+    done = asdict(Lake.of(output.settings).maintain(datetime.now(UTC)))
+    output.result(done)
+    rows = [(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else len(value)) for name, value in done.items()]
+    output.table("Maintenance", ("what", "count"), rows)
+
+
+@click.group()
+def quarantine() -> None:
+    """Look at rejected events."""
+
+
+@quarantine.command("list")
+@pass_output
+def quarantine_list(output: Output) -> None:
+    """How many events are quarantined, per window."""
+    published = Lake.of(output.settings).published()
+    held = {window: commit for window, commit in sorted(published.items()) if commit.quarantined_rows}
+    output.result(
+        {"windows": [{"window": w.key, "quarantined_rows": c.quarantined_rows, "reasons": c.reasons} for w, c in held.items()]}
+    )
+    if not held:
+        output.say("Nothing is quarantined.")
+        return
+    rows = [
+        (w.key, f"{c.quarantined_rows:,}", ", ".join(f"{name} ({count})" for name, count in sorted(c.reasons.items())))
+        for w, c in held.items()
+    ]
+    output.table("Quarantined events", ("window", "events", "reasons"), rows)
+
+
+@quarantine.command("show")
+@click.argument("window")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1), help="How many events at most.")
+@pass_output
+def quarantine_show(output: Output, window: str, limit: int) -> None:
+    """The rejected events of one WINDOW (a key such as 2026-11-01-13:00): keys and reasons, with what fitted no column."""
+    table = Lake.of(output.settings).quarantined(Window.parse(window)).slice(0, limit)
+    rows = table.select(["pk", "event_id", "entity_type", "raw", "reasons"]).to_pylist()
+    output.result({"window": window, "events": rows})
+    if not rows:
+        output.say(f"Window {window} has no quarantined events.")
+        return
+    output.table(
+        f"Quarantined events of {window}",
+        ("pk", "event", "entity type", "reasons", "did not fit"),
+        [(r["pk"], r["event_id"], r["entity_type"], ", ".join(r["reasons"]), r["raw"] or "") for r in rows],
+    )

@@ -1,0 +1,166 @@
+"""The commands, as a shell sees them: what they print, what they exit with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from fraiseql_pipeline.changelog import open_changelog, write_sample
+from fraiseql_pipeline.cli import main
+from fraiseql_pipeline.flight.server import serve
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import Window, WindowSize
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def end() -> datetime:
+    return Window.holding(datetime.now(UTC), WindowSize.HOUR).start
+
+
+@pytest.fixture
+def run(changelog_url: str, tmp_path: Path, end: datetime) -> Run:
+    """A command on a change log with 2,000 events of the last six hours, and an empty lake."""
+    environment = {
+        "FRAISEQL_DATABASE_URL": changelog_url,
+        "FRAISEQL_LAKE_URI": str(tmp_path / "lake"),
+        "FRAISEQL_START": (end - timedelta(days=1)).isoformat(),
+    }
+    with open_changelog(Settings(database_url=changelog_url)) as changelog:
+        write_sample(changelog, 2_000, days=1, end=end)
+
+    def run(*arguments: str, **more: str) -> Result:
+        return CliRunner(env=environment | more).invoke(main, list(arguments))
+
+    return run
+
+
+def said(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def materialize(run: Run, *more: str) -> dict[str, Any]:
+    return said(run("materialize", "--start", "now-25h", "--end", "now", "--json", *more))
+
+
+def test_materialize_publishes_every_ended_window_and_again_changes_nothing(run: Run) -> None:
+    first, again = materialize(run, "--jobs", "2"), materialize(run)
+    assert {window["outcome"] for window in first["windows"]} == {"published"}
+    assert {window["outcome"] for window in again["windows"]} == {"unchanged"}
+    assert sum(window["accepted_rows"] + window["quarantined_rows"] for window in first["windows"]) == sum(
+        window["source_rows"] for window in first["windows"]
+    )
+    status = said(run("status", "--json"))
+    assert status["windows"] == len(first["windows"])
+    assert status["holes"] == []
+
+
+def test_a_late_event_is_merged_once_and_the_audit_agrees(run: Run, changelog_url: str, end: datetime) -> None:
+    materialize(run)
+    with psycopg.connect(changelog_url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO core.tb_entity_change_log (object_type, modification_type, object_id, created_at)"
+            " VALUES ('Order', 'INSERT', gen_random_uuid(), %s)",
+            [end - timedelta(hours=2)],
+        )
+    assert run("audit").exit_code == 0, "a late event is no difference: it is above the settled pk of its window"
+    merged = said(run("late", "--json"))["windows"]
+    assert [(window["outcome"], window["window"]) for window in merged] == [
+        ("merged", (end - timedelta(hours=2)).strftime("%Y-%m-%d-%H:%M"))
+    ]
+    assert said(run("late", "--json"))["windows"] == []
+    assert said(run("audit", "--json"))["differing"] == []
+
+
+def test_audit_names_the_window_that_lost_an_event_in_the_source(run: Run, changelog_url: str, end: datetime) -> None:
+    materialize(run)
+    with psycopg.connect(changelog_url, autocommit=True) as connection:
+        connection.execute(
+            "DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log = (SELECT max(pk_entity_change_log) FROM core.tb_entity_change_log WHERE created_at < %s)",
+            [end - timedelta(hours=3)],
+        )
+    audited = run("audit", "--json")
+    assert audited.exit_code == 3
+    (differing,) = json.loads(audited.stdout)["differing"]
+    assert differing["source_rows"] == differing["lake_rows"] - 1
+    shrinking = run("materialize", "--start", "now-25h", "--end", "now")
+    assert shrinking.exit_code == 5
+    assert "--allow-shrink" in shrinking.output
+    assert differing["window"] in shrinking.output
+    again = materialize(run, "--allow-shrink")
+    assert [window["window"] for window in again["windows"] if window["outcome"] == "replaced"] == [differing["window"]]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv", "json"])
+def test_read_writes_the_same_events_from_the_lake_and_from_a_server(
+    run: Run, tmp_path: Path, suffix: str, changelog_url: str
+) -> None:
+    materialize(run)
+    settings = Settings(lake_uri=str(tmp_path / "lake"), arrow_flight_bind="127.0.0.1:0")
+    ticket = "events:Order|User:now-25h:now-1h:100"
+    with serve(settings) as server:
+        local = said(run("read", ticket, "--output", str(tmp_path / f"local.{suffix}"), "--json"))
+        remote = said(run("read", ticket, "--output", str(tmp_path / f"remote.{suffix}"), "--url", server.url, "--json"))
+    assert local["rows"] == remote["rows"] > 0
+    if suffix == "parquet":
+        assert pq.read_table(tmp_path / "local.parquet").equals(pq.read_table(tmp_path / "remote.parquet"))
+    elif suffix != "arrow":
+        assert (tmp_path / f"local.{suffix}").read_bytes() == (tmp_path / f"remote.{suffix}").read_bytes()
+
+
+def test_quarantine_shows_keys_and_reasons_of_every_rejected_event(run: Run) -> None:
+    published = materialize(run)["windows"]
+    listed = said(run("quarantine", "list", "--json"))["windows"]
+    rejected = {window["window"]: window["quarantined_rows"] for window in published if window["quarantined_rows"]}
+    assert {window["window"]: window["quarantined_rows"] for window in listed} == rejected
+    busiest = max(rejected, key=lambda key: rejected[key])
+    shown = said(run("quarantine", "show", busiest, "--json"))["events"]
+    assert len(shown) == min(20, rejected[busiest])
+    assert all(event["reasons"] for event in shown)
+
+
+def test_doctor_fsck_and_maintain_find_a_sound_lake_sound(run: Run) -> None:
+    materialize(run)
+    assert said(run("doctor", "--json"))["can_seal"] is True
+    assert said(run("fsck", "--json")) == {"findings": []}
+    assert run("maintain").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "sentence"),
+    [
+        (("materialize", "--start", "yesterday", "--end", "now"), {}, 2, "'yesterday'"),
+        (("materialize", "--start", "now", "--end", "now-1h"), {}, 2, "--start must lie before --end"),
+        (("materialize", "--start", "2999-01-01", "--end", "2999-01-02"), {}, 2, "No hour has ended"),
+        (("read", "orders"), {}, 2, "events:"),
+        (("read", "events:*:now-1h:now:10"), {}, 5, "materialize"),
+        (("read", "events:*:now-1h:now:10", "--output", "events.xlsx"), {}, 2, ".parquet"),
+        (("read", "events:*:now-1h:now:10", "--url", "grpc://127.0.0.1:1"), {}, 6, "127.0.0.1:1"),
+        (("quarantine", "show", "today"), {}, 2, "2026-11-01-13:00"),
+        (("status",), {"FRAISEQL_WINDOW": "week"}, 2, "FRAISEQL_WINDOW"),
+        (("serve",), {"FRAISEQL_ARROW_FLIGHT_ENABLED": "false"}, 2, "FRAISEQL_ARROW_FLIGHT_ENABLED"),
+        (("serve",), {"FRAISEQL_ARROW_FLIGHT_BIND": "0.0.0.0:0"}, 2, "--insecure"),
+        (("doctor",), {"FRAISEQL_DATABASE_URL": "postgresql://reader:secret@127.0.0.1:1/shop"}, 3, "FRAISEQL_DATABASE_URL"),
+        (("--config", "absent.toml", "status"), {}, 2, "absent.toml"),
+        (("demo",), {}, 2, "FRAISEQL_DATABASE_URL"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_an_exit_code(
+    run: Run, arguments: tuple[str, ...], environment: dict[str, str], code: int, sentence: str
+) -> None:
+    result = run(*arguments, **environment)
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("Error: ")
+    assert sentence in result.stderr
+    assert "Traceback" not in result.output
+    assert "secret" not in result.output
