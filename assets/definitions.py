@@ -1,0 +1,35 @@
+"""The code location: everything Dagster is told, in one place.
+
+What lives here: ``definitions()`` and its result, ``defs``, which is what a workspace points at. What must not: an asset's body.
+
+Loading reads settings, because the partitions follow from FRAISEQL_WINDOW and FRAISEQL_START; it opens no connection. With nothing
+configured it loads with the defaults.
+"""
+
+import dagster as dg
+
+from fraiseql_pipeline.settings import Settings
+
+from .benchmarks import benchmarks_job, build_benchmarks
+from .events import build_events, source_spec
+from .maintenance import build_maintain
+from .resources import FraiseQL
+from .schedules import build_each_window
+from .sensors import build_catch_up
+
+
+def definitions(settings: Settings) -> dg.Definitions:
+    """The definitions for some settings; build your own from here, or merge ``defs`` into yours."""
+    events = build_events(settings)
+    return dg.Definitions(
+        assets=[source_spec(), events, build_benchmarks()],
+        jobs=[benchmarks_job()],
+        schedules=[build_each_window(settings, events), build_maintain()],
+        sensors=[build_catch_up(events)],
+        resources={"fraiseql": FraiseQL()},
+        # One step per run, and a run is a process already: a second process would cost 2 to 3 seconds for nothing.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = definitions(Settings.load())

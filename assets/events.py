@@ -1,0 +1,202 @@
+"""The assets ``events`` and ``events_quarantine``: one step publishes a window to both with one commit.
+
+What lives here: the step and what it tells Dagster about each window. What must not: how a window is published
+(``fraiseql_pipeline.pipeline``), what is shown of it (``report.py``), what is checked (``checks.py``).
+
+Invariants
+ 1. A run settles once and commits once per window, whether it was given one window or a hundred.
+ 2. Every window carries its own metadata and its own check results; left to itself Dagster copies one result to all of a run.
+ 3. When a window fails, those committed before it are reported as materialized all the same, so a backfill asks again only for the rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from fraiseql_pipeline import pipeline
+from fraiseql_pipeline.changelog import ChangeLog
+from fraiseql_pipeline.errors import ValidationHalted
+from fraiseql_pipeline.event import COLUMNS, EXTRACTED
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.pipeline import Materialization
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import Window
+
+from . import checks, partitions, report
+from .failures import RETRIES, failure
+from .report import CHANGE_LOG, EVENTS, QUARANTINE
+from .resources import FraiseQL
+
+#: Limits how many runs read the change log at once, where the instance sets a limit for this pool.
+POOL = "fraiseql_change_log"
+
+
+class Publishing(dg.Config):
+    """How a run publishes its windows; the defaults read every window again and replace what changed."""
+
+    force: bool = Field(False, description="rewrite windows whose content is unchanged")
+    allow_shrink: bool = Field(False, description="let a window lose events that the source no longer has")
+    only_new: bool = Field(
+        False, description="publish missing windows and add late events to the others, without reading these again"
+    )
+
+
+def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.AssetsDefinition:
+    """The step, partitioned as ``settings`` say."""
+    windows = partitions.windows(settings)
+
+    @dg.multi_asset(
+        name="events",
+        description="Publishes windows of the change log: the accepted events, and beside them the rejected ones with their reasons.",
+        specs=_specs(settings),
+        check_specs=checks.specs(windows),
+        partitions_def=windows,
+        backfill_policy=partitions.per_run(settings),
+        retry_policy=retries,
+        pool=POOL,
+        can_subset=True,
+    )
+    def events(context: dg.AssetExecutionContext, config: Publishing, fraiseql: FraiseQL) -> Iterator[Any]:
+        asked, done = partitions.windows_of(context), list[Materialization]()
+
+        def on_window(one: Materialization) -> None:
+            done.append(one)
+            context.log.info(_line(one))
+
+        try:
+            with fraiseql.changelog() as changelog:
+                publish(asked, config, fraiseql.settings(), changelog, fraiseql.lake(), context.run.run_id, on_window)
+            shown = describe(done, fraiseql)
+        except Exception as error:  # noqa: BLE001 - whatever ended the run, what it published before is told first
+            with suppress(Exception):  # the first error is the one to tell
+                yield from partly_published(context, asked, describe(done, fraiseql), error)
+            raise failure(error) from None
+        yield from published(context, shown)
+
+    return events
+
+
+def source_spec() -> dg.AssetSpec:
+    """The change log itself: nothing here writes it."""
+    return dg.AssetSpec(
+        CHANGE_LOG,
+        description="FraiseQL's change log in Postgres: one row per mutation. Read, never written.",
+        group_name="fraiseql",
+        kinds={"postgres"},
+    )
+
+
+def _specs(settings: Settings) -> list[dg.AssetSpec]:
+    common: dict[str, Any] = {
+        "deps": [CHANGE_LOG],
+        "group_name": "fraiseql",
+        "kinds": {"deltalake", "python"},
+        "owners": ["team:data"],
+        "code_version": report.CODE_VERSION,
+    }
+    late = settings.window.duration
+    return [
+        dg.AssetSpec(
+            EVENTS,
+            description="Events of the change log, complete per window, each exactly once.",
+            metadata=report.events_table(settings),
+            freshness_policy=dg.FreshnessPolicy.time_window(fail_window=3 * late, warn_window=2 * late),
+            **common,
+        ),
+        dg.AssetSpec(
+            QUARANTINE,
+            description="Rows of the change log that are no sound events, as read, with every reason. Published by the same commit as `events`.",
+            metadata=report.quarantine_table(settings),
+            **common,
+        ),
+    ]
+
+
+def _line(one: Materialization) -> str:
+    commit = one.commit
+    return f"{one.window.key}: {commit.outcome}, {commit.accepted_rows:,} events, {commit.quarantined_rows:,} quarantined, {commit.state}"
+
+
+def publish(
+    asked: Sequence[Window],
+    config: Publishing,
+    settings: Settings,
+    changelog: ChangeLog,
+    lake: Lake,
+    run_id: str,
+    on_window: Callable[[Materialization], None],
+) -> None:
+    """Publish the windows of a run; ``on_window`` gets each as it is done, so that it is known even if a later one fails."""
+    run: dict[str, Any] = {"settings": settings, "changelog": changelog, "lake": lake, "run_id": run_id}
+    if not config.only_new:
+        pipeline.materialize(asked, force=config.force, allow_shrink=config.allow_shrink, on_window=on_window, **run)
+        return
+    standing = lake.published(asked[0].start, asked[-1].end)
+    pipeline.materialize([window for window in asked if window not in standing], on_window=on_window, **run)
+    merged = {one.window: one for one in pipeline.merge_late(list(standing), **run)}
+    for window, commit in standing.items():
+        on_window(merged.get(window) or Materialization(window, commit))
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What Dagster is told about one published window."""
+
+    window: Window
+    events: dict[str, Any]
+    quarantine: dict[str, Any]
+    checks: tuple[dg.AssetCheckResult, ...]
+
+
+def describe(done: Sequence[Materialization], fraiseql: FraiseQL) -> list[Shown]:
+    """What is to be told about windows that were published, oldest first."""
+    if not done:
+        return []
+    stored, settings = fraiseql.lake().snapshot(), fraiseql.settings()
+    shown = [
+        Shown(one.window, report.events_of(one, stored), report.quarantine_of(one), tuple(checks.evaluate(one, settings, stored)))
+        for one in sorted(done, key=lambda one: one.window)
+    ]
+    for last in shown[-1:]:  # what Dagster shows of a table is what its newest materialization says
+        last.events.update(report.lineage(COLUMNS))
+        last.quarantine.update(report.lineage(EXTRACTED))
+    return shown
+
+
+def published(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iterator[Any]:
+    """The events of a run that published all of its windows."""
+    selected = context.selected_asset_keys
+    for one in shown:
+        for key, metadata in ((EVENTS, one.events), (QUARANTINE, one.quarantine)):
+            if key in selected:
+                context.add_asset_metadata(metadata, asset_key=key, partition_key=one.window.key)
+            else:  # one commit publishes to both tables, whichever was asked for
+                yield dg.AssetMaterialization(key, partition=one.window.key, metadata=metadata)
+    for key in selected:
+        yield dg.MaterializeResult(key)
+    yield from _checked(context, shown)
+    for check in context.selected_asset_check_keys:
+        yield dg.Output(None, checks.output_name(check.name))
+
+
+def partly_published(
+    context: dg.AssetExecutionContext, asked: Sequence[Window], shown: Sequence[Shown], error: Exception
+) -> Iterator[Any]:
+    """The events of a run that failed after some of its windows; of a halted window, the check that tells why."""
+    for one in shown:
+        yield dg.AssetMaterialization(EVENTS, partition=one.window.key, metadata=one.events)
+        yield dg.AssetMaterialization(QUARANTINE, partition=one.window.key, metadata=one.quarantine)
+    yield from _checked(context, shown)
+    if isinstance(error, ValidationHalted):
+        yield checks.halted(asked[len(shown)], str(error))
+
+
+def _checked(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iterator[dg.AssetCheckEvaluation]:
+    targets = checks.targets(context, [one.window for one in shown])
+    for one in shown:
+        for result in one.checks:
+            yield checks.on(one.window, result, targets.get(one.window))

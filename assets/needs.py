@@ -1,0 +1,118 @@
+"""Which windows need a run: decided anew at every look, from the lake and the change log.
+
+What lives here: the decision of the sensor and what one look tells the next. What must not: Dagster (``sensors.py``), a clock.
+
+Invariants
+ 1. The cause is looked at, not what was done about it: a window needs a run as long as it is missing or has late events.
+ 2. A window whose runs do not help is asked for ever more rarely: after 1, 2, 4, 8 … minutes while its cause stays the same. So a
+    permanent failure costs a dozen runs in two days, and an outage of any length heals by itself.
+ 3. A look reads keys of the change log only above what was settled when the look before was taken, except for windows that are recent
+    or known to be late.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from fraiseql_pipeline.changelog import ChangeLog
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import Window, tile
+
+#: How far back a window that was never published counts as missing; older ones are a backfill's business. Late events have no limit.
+LOOK_BACK = timedelta(days=2)
+#: How long after its end a window is left to the schedule before it counts as missing.
+GRACE = timedelta(minutes=10)
+
+_FIRST_WAIT = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked for one window: why, how often, and until when it is left alone."""
+
+    cause: str
+    times: int
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a look tells the next one. Losing it costs one wider look and restarts the waits.
+
+    ``looked_pk``: every event up to it was settled, hence visible, when late ones were last looked for. ``asked``: by window.
+    """
+
+    looked_pk: int = 0
+    asked: Mapping[Window, Asked] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Memory":
+        kept: dict[str, Any] = json.loads(text) if text else {"looked_pk": 0, "asked": {}}
+        asked = {
+            Window.parse(key): Asked(cause, times, datetime.fromisoformat(at)) for key, (cause, times, at) in kept["asked"].items()
+        }
+        return cls(kept["looked_pk"], asked)
+
+    def dump(self) -> str:
+        asked = {window.key: (one.cause, one.times, one.until.isoformat()) for window, one in self.asked.items()}
+        return json.dumps({"looked_pk": self.looked_pk, "asked": asked})
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Why windows need a run, and up to which key late events have now been looked for."""
+
+    causes: Mapping[Window, str]
+    looked_pk: int
+
+
+def look(settings: Settings, changelog: ChangeLog, lake: Lake, memory: Memory, now: datetime) -> Needs:
+    """Every window that needs a run: a recent one that was never published, any published one with events above its settled pk.
+
+    A cause names the settled pk it was found at, so that it is a new cause once a run has helped.
+    """
+    published = lake.published()
+    settled = {window: commit.settled_pk for window, commit in published.items()}
+    first = max(settings.start, now - LOOK_BACK)
+    recent = [window for window in tile(first, now, settings.window) if window.end + GRACE <= now]
+    causes = {window: "missing" for window in recent if window not in settled}
+    near = {window: pk for window, pk in settled.items() if window.end > first or window in memory.asked}
+    far = {window: pk for window, pk in settled.items() if window not in near}
+    late = (*(changelog.late(near) if near else ()), *(changelog.late(far, after_pk=memory.looked_pk) if far else ()))
+    causes |= {found.window: f"late, settled to {settled[found.window]}" for found in late}
+    return Needs(causes, max(settled.values(), default=0))
+
+
+def due(needs: Needs, memory: Memory, in_flight: Collection[Window], now: datetime) -> list[Window]:
+    """The windows to ask for now, oldest first: in need, in no run, and not asked for in vain a moment ago."""
+
+    def waits(window: Window) -> bool:
+        asked = memory.asked.get(window)
+        return asked is not None and asked.cause == needs.causes[window] and now < asked.until
+
+    return sorted(window for window in needs.causes if window not in in_flight and not waits(window))
+
+
+def remember(needs: Needs, memory: Memory, asked: Collection[Window], now: datetime) -> Memory:
+    """The memory after runs for ``asked`` were requested; windows that are in need no longer are forgotten."""
+    kept = {window: one for window, one in memory.asked.items() if needs.causes.get(window) == one.cause}
+    for window in asked:
+        times = kept[window].times + 1 if window in kept else 1
+        kept[window] = Asked(needs.causes[window], times, now + _FIRST_WAIT * 2 ** min(times - 1, 20))
+    unasked = {window: Asked(cause, 0, now) for window, cause in needs.causes.items() if window not in kept}
+    return Memory(needs.looked_pk, kept | unasked)
+
+
+def spans(windows: Sequence[Window], longest: int) -> Iterator[list[Window]]:
+    """Runs of neighbouring windows, at most ``longest`` each; ``windows`` are in order."""
+    span: list[Window] = []
+    for window in windows:
+        if span and (span[-1].end != window.start or len(span) == longest):
+            yield span
+            span = []
+        span.append(window)
+    if span:
+        yield span

@@ -1,0 +1,77 @@
+"""The sensor that publishes what is missing and adds what came late.
+
+What lives here: asking Dagster for runs. What must not: the decision (``needs.py``), and run keys: a run key never runs twice, so one
+failed run would leave its window missing for ever.
+
+Invariants
+ 1. A window that a run in flight was given is left alone.
+ 2. Neighbouring windows share a run, up to ``windows_per_run``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from fraiseql_pipeline.errors import WindowError
+from fraiseql_pipeline.window import Window, tile
+
+from . import needs
+from .report import EVENTS, QUARANTINE
+from .resources import FraiseQL
+
+#: Runs asked for in one tick.
+MAX_RUNS = 10
+
+_STATUS = dg.DagsterRunStatus
+_IN_FLIGHT = [_STATUS.QUEUED, _STATUS.NOT_STARTED, _STATUS.MANAGED, _STATUS.STARTING, _STATUS.STARTED, _STATUS.CANCELING]
+_PARTITION = "dagster/partition"
+_RANGE = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+_ONLY_NEW = {"ops": {"events": {"config": {"only_new": True}}}}
+
+
+def build_catch_up(events: dg.AssetsDefinition) -> dg.SensorDefinition:
+    """The sensor over the asset; stopped until somebody starts it."""
+
+    @dg.sensor(name="catch_up", target=[events], minimum_interval_seconds=60)
+    def catch_up(context: dg.SensorEvaluationContext, fraiseql: FraiseQL) -> dg.SensorResult:
+        """Publishes windows of the last two days that are missing, and adds late events to every window that is published."""
+        settings, now, memory = fraiseql.settings(), datetime.now(UTC), needs.Memory.parse(context.cursor)
+        with fraiseql.changelog() as changelog:
+            found = needs.look(settings, changelog, fraiseql.lake(), memory, now)
+        spans = list(needs.spans(needs.due(found, memory, in_flight(context.instance), now), settings.windows_per_run))[:MAX_RUNS]
+        asked = [window for span in spans for window in span]
+        return dg.SensorResult(
+            run_requests=[_request(span) for span in spans],
+            skip_reason=None
+            if spans
+            else dg.SkipReason(f"Nothing to ask for; {len(found.causes)} windows wait for runs that were asked for."),
+            cursor=needs.remember(found, memory, asked, now).dump(),
+        )
+
+    return catch_up
+
+
+def in_flight(instance: dg.DagsterInstance) -> set[Window]:
+    """The windows that runs were given which have not ended."""
+    found: set[Window] = set()
+    for record in instance.get_run_records(dg.RunsFilter(statuses=_IN_FLIGHT)):
+        run = record.dagster_run
+        if run.asset_selection is None or run.asset_selection & {EVENTS, QUARANTINE}:
+            found.update(_windows(run.tags))
+    return found
+
+
+def _windows(tags: Mapping[str, str]) -> Iterator[Window]:
+    keys = [tags[tag] for tag in (_PARTITION, *_RANGE) if tag in tags]
+    with suppress(WindowError):  # a run of a job of somebody else, partitioned otherwise
+        if keys:
+            first, last = Window.parse(keys[0]), Window.parse(keys[-1])
+            yield from tile(first.start, last.end, first.size)
+
+
+def _request(span: Sequence[Window]) -> dg.RunRequest:
+    if len(span) == 1:
+        return dg.RunRequest(partition_key=span[0].key, run_config=_ONLY_NEW)
+    return dg.RunRequest(tags=dict(zip(_RANGE, (span[0].key, span[-1].key), strict=True)), run_config=_ONLY_NEW)

@@ -1,0 +1,179 @@
+"""The sensor and the schedule: what is missing or late gets a run, what a run is working on does not, and nothing is asked for in vain for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+import pytest
+
+from assets import needs, sensors
+from assets.definitions import definitions
+from assets.resources import FraiseQL
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import WindowSize
+from tests.support.code_location import Location, hours, write
+
+#: Ten hours of windows, all recent: what is before the first window is not missing.
+NOON = datetime(2026, 11, 20, 12, 15, tzinfo=UTC)
+DAY = hours("2026-11-20", 2, 11)
+
+
+class Clock(datetime):
+    """A clock that stands where a test put it."""
+
+    at = NOON
+
+    @classmethod
+    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+        return cls.at
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Clock]]:
+    monkeypatch.setenv("FRAISEQL_START", "2026-11-20T02:00:00")
+    monkeypatch.setattr(sensors, "datetime", Clock)
+    yield Clock
+    Clock.at = NOON
+
+
+class Ticker:
+    """Evaluates the sensor tick by tick, handing its cursor on as the daemon does."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.cursor: str | None = None
+
+    def tick(self, minutes_later: float = 1) -> list[tuple[str, str]]:
+        """The first and the last window of every run that is asked for."""
+        Clock.at += timedelta(minutes=minutes_later)
+        defs = definitions(Settings.load())
+        context = dg.build_sensor_context(
+            self.location.instance, self.cursor, repository_def=defs.get_repository_def(), resources={"fraiseql": FraiseQL()}
+        )
+        told = defs.resolve_sensor_def("catch_up").evaluate_tick(context)
+        self.cursor = told.cursor
+        assert bool(told.run_requests) != bool(told.skip_message)
+        assert all(request.run_key is None for request in told.run_requests or ())
+        assert all(request.run_config["ops"]["events"]["config"] == {"only_new": True} for request in told.run_requests or ())
+        return [_span(request) for request in told.run_requests or ()]
+
+
+def _span(request: dg.RunRequest) -> tuple[str, str]:
+    if request.partition_key:
+        return request.partition_key[-5:], request.partition_key[-5:]
+    ends = (request.tags["dagster/asset_partition_range_start"], request.tags["dagster/asset_partition_range_end"])
+    return ends[0][-5:], ends[1][-5:]
+
+
+@pytest.fixture
+def ticker(location: Location) -> Ticker:
+    return Ticker(location)
+
+
+def test_missing_windows_are_asked_for_in_few_runs_and_only_once_they_have_ended(
+    ticker: Ticker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRAISEQL_WINDOWS_PER_RUN", "6")
+    assert ticker.tick(-10) == [("02:00", "07:00"), ("08:00", "10:00")]  # 11:00 has ended five minutes ago: the schedule's business
+
+
+def test_a_published_window_is_left_alone_until_an_event_comes_late(ticker: Ticker, changelog_url: str) -> None:
+    for window in DAY:
+        write(changelog_url, window, 2)
+    assert ticker.location.run(*DAY).success
+    assert ticker.tick() == []
+    write(changelog_url, DAY[3], 1)
+    assert ticker.tick() == [("05:00", "05:00")]
+    assert ticker.location.run(DAY[3], config={"only_new": True}).success
+    assert ticker.tick() == []
+    assert ticker.location.lake.published()[DAY[3]].accepted_rows == 3
+
+
+def test_a_late_event_reaches_a_window_of_any_age(ticker: Ticker, changelog_url: str) -> None:
+    for window in DAY:
+        write(changelog_url, window, 2)
+    assert ticker.location.run(*DAY).success
+    Clock.at += timedelta(days=60)
+    ticker.tick()
+    write(changelog_url, DAY[0], 1)
+    asked = ticker.tick()
+    assert ("02:00", "02:00") in asked
+    write(changelog_url, DAY[4], 1)
+    assert ("06:00", "06:00") in ticker.tick()  # the first one is known, still late and waits
+
+
+def test_a_window_whose_runs_do_not_help_is_asked_for_ever_more_rarely(ticker: Ticker, changelog_url: str) -> None:
+    for window in DAY[1:]:
+        write(changelog_url, window, 1)
+    assert ticker.location.run(*DAY[1:]).success
+    asked = [minute for minute in range(1, 36) if ticker.tick()]
+    assert asked == [1, 2, 4, 8, 16, 32]
+
+
+def test_a_window_that_needed_many_runs_starts_afresh_with_a_new_cause(ticker: Ticker, changelog_url: str) -> None:
+    for window in DAY[1:]:
+        write(changelog_url, window, 1)
+    assert ticker.location.run(*DAY[1:]).success
+    for _ in range(6):
+        ticker.tick()
+    assert ticker.tick() == []
+    write(changelog_url, DAY[0], 1)
+    assert ticker.location.run(DAY[0]).success
+    write(changelog_url, DAY[0], 1)
+    assert ticker.tick() == [("02:00", "02:00")]
+
+
+@pytest.mark.parametrize("ranged", [False, True], ids=["one partition", "a range"])
+def test_windows_in_flight_are_left_alone(ticker: Ticker, ranged: bool) -> None:
+    job = definitions(Settings.load()).resolve_implicit_global_asset_job_def()
+    ends = {"dagster/asset_partition_range_start": DAY[2].key, "dagster/asset_partition_range_end": DAY[4].key}
+    run = ticker.location.instance.create_run_for_job(
+        job, tags=ends if ranged else {"dagster/partition": DAY[2].key}, status=dg.DagsterRunStatus.STARTED
+    )
+    assert ticker.tick() == ([("02:00", "03:00"), ("07:00", "11:00")] if ranged else [("02:00", "03:00"), ("05:00", "11:00")])
+    ticker.location.instance.report_run_failed(run)
+    assert ticker.tick()[0][0] == "02:00"
+
+
+def test_runs_of_others_do_not_hold_windows(ticker: Ticker) -> None:
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["a"]))
+    def other() -> None: ...
+
+    job = dg.Definitions([other]).resolve_implicit_global_asset_job_def()
+    ticker.location.instance.create_run_for_job(job, tags={"dagster/partition": "a"}, status=dg.DagsterRunStatus.STARTED)
+    assert ticker.tick() == [("02:00", "11:00")]
+
+
+def test_the_cursor_survives_its_text() -> None:
+    memory = needs.Memory(17, {DAY[0]: needs.Asked("missing", 3, NOON)})
+    assert needs.Memory.parse(memory.dump()) == memory
+    assert needs.Memory.parse(None) == needs.Memory()
+
+
+@pytest.mark.parametrize(
+    ("size", "at", "key"),
+    [
+        ("hour", datetime(2026, 11, 20, 12, 1, tzinfo=UTC), "2026-11-20-11:00"),
+        ("day", datetime(2026, 11, 21, 0, 1, tzinfo=UTC), "2026-11-20"),
+    ],
+)
+def test_the_schedule_asks_for_the_window_that_has_just_ended(
+    size: str, at: datetime, key: str, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRAISEQL_START", "2026-11-01")
+    monkeypatch.setenv("FRAISEQL_WINDOW", size)
+    defs = definitions(Settings.load())
+    schedule = defs.resolve_schedule_def("each_window")
+    told = schedule.evaluate_tick(
+        dg.build_schedule_context(instance, scheduled_execution_time=at, repository_def=defs.get_repository_def())
+    )
+    assert [request.partition_key for request in told.run_requests or ()] == [key]
+    assert schedule.execution_timezone == "UTC"
+
+
+def test_nothing_starts_by_itself() -> None:
+    defs = definitions(Settings(window=WindowSize.HOUR))
+    assert defs.resolve_sensor_def("catch_up").default_status is dg.DefaultSensorStatus.STOPPED
+    assert defs.resolve_schedule_def("each_window").default_status is dg.DefaultScheduleStatus.STOPPED

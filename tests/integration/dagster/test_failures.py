@@ -1,0 +1,121 @@
+"""A failed run: what is retried, what is told, and what of it stays published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psycopg
+import pytest
+
+from assets import events
+from assets.report import QUARANTINE
+from fraiseql_pipeline.errors import LakeConflict, WindowShrinks
+from fraiseql_pipeline.window import Window
+from tests.support.code_location import Location, hours, write
+
+MORNING = hours("2026-11-20", 6, 9)
+
+
+def _attempts(run: dg.ExecuteInProcessResult) -> int:
+    return 1 + sum(event.event_type_value == "STEP_UP_FOR_RETRY" for event in run.all_events)
+
+
+def _message(run: dg.ExecuteInProcessResult) -> str:
+    (failed,) = [event for event in run.all_events if event.event_type_value == "STEP_FAILURE"]
+    failure = failed.step_failure_data.user_failure_data
+    assert failure is not None
+    return failure.description or ""
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [(LakeConflict("Others won."), 3), (WindowShrinks("It would shrink."), 1), (KeyError("hunter2"), 1)],
+    ids=["retryable", "final", "defect"],
+)
+def test_only_what_calls_itself_retryable_is_tried_again(
+    location: Location, monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(events.pipeline, "materialize", fail)
+    run = location.run(MORNING[0])
+    assert not run.success
+    assert _attempts(run) == attempts
+    assert "hunter2" not in repr([record.event_log_entry for record in location.instance.get_records_for_run(run.run_id).records])
+
+
+def test_a_defect_after_the_commit_is_no_reason_to_try_again(location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("hunter" + str(2))  # a place shows source lines, never values
+
+    monkeypatch.setattr(events.report, "events_of", fail)
+    run = location.run(MORNING[0])
+    assert not run.success
+    assert _attempts(run) == 1
+    assert "KeyError is a defect" in _message(run)
+    assert "hunter2" not in repr([record.event_log_entry for record in location.instance.get_records_for_run(run.run_id).records])
+
+
+def test_an_unreachable_source_is_tried_again_and_named(
+    location: Location, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FRAISEQL_DATABASE_URL", f"postgresql://user:hunter2@/none?host={tmp_path}")
+    run = location.run(MORNING[0])
+    assert not run.success
+    assert _attempts(run) == 3
+    assert "hunter2" not in _message(run)
+    assert _message(run)
+
+
+def test_windows_before_a_failed_one_are_reported_and_the_halted_one_tells_why(location: Location, changelog_url: str) -> None:
+    write(changelog_url, MORNING[0], 10)
+    write(changelog_url, MORNING[1], 10)
+    write(changelog_url, MORNING[2], 100, broken=50)
+    run = location.run(*MORNING)
+    assert not run.success
+    assert _attempts(run) == 1
+    assert MORNING[2].key in _message(run)
+    assert {key: shown["dagster/row_count"] for key, shown in location.metadata().items()} == {
+        MORNING[0].key: 10,
+        MORNING[1].key: 10,
+    }
+    assert set(location.metadata(QUARANTINE)) == {MORNING[0].key, MORNING[1].key}
+    assert set(location.lake.published()) == {MORNING[0], MORNING[1]}
+    found = location.checks("quarantine_share")
+    assert found[MORNING[0].key] == found[MORNING[1].key] == ("SUCCEEDED", True)
+    assert found[MORNING[2].key] == ("FAILED", True)
+
+
+def test_a_run_after_a_transient_failure_reports_every_window(
+    location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for window in MORNING:
+        write(changelog_url, window, 4)
+    real, calls = events.pipeline.materialize, 0
+
+    def fail_once(windows: list[Window], **rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            real(windows[:2], **rest)
+            raise LakeConflict("Others won.")
+        return real(windows, **rest)
+
+    monkeypatch.setattr(events.pipeline, "materialize", fail_once)
+    assert location.run(*MORNING).success
+    assert {key: shown["dagster/row_count"] for key, shown in location.metadata().items()} == {window.key: 4 for window in MORNING}
+    assert location.checks("counts_add_up") == {window.key: ("SUCCEEDED", True) for window in MORNING}
+
+
+def test_a_shrinking_window_is_refused_unless_the_run_allows_it(location: Location, changelog_url: str) -> None:
+    write(changelog_url, MORNING[0], 10)
+    location.run(MORNING[0])
+    with psycopg.connect(changelog_url) as connection:
+        connection.execute("DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log % 2 = 0")
+    assert not location.run(MORNING[0]).success
+    assert location.lake.published()[MORNING[0]].accepted_rows == 10
+    assert location.run(MORNING[0], config={"allow_shrink": True}).success
+    assert location.lake.published()[MORNING[0]].accepted_rows == 5
