@@ -1,0 +1,54 @@
+"""Ask DuckDB about the events of a ticket while they stream: no table is made, so any range fits into memory.
+
+    python read_with_duckdb.py grpc://localhost:50051 'events:Order:now-1h:now:10000'
+
+Needs fraiseql-pipeline and duckdb.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import duckdb
+
+from fraiseql_pipeline import connect
+from fraiseql_pipeline.errors import PipelineError
+
+# To print a TIMESTAMPTZ, DuckDB wants a time zone database; the microseconds since 1970 need none.
+BY_TYPE = """
+    SELECT
+        entity_type,
+        count(*) AS events,
+        count(*) FILTER (user_id IS NULL) AS without_user,
+        sum(strlen(data))::BIGINT AS data_bytes,
+        strftime(make_timestamp(epoch_us(min(timestamp)::TIMESTAMPTZ)), '%Y-%m-%dT%H:%M:%SZ') AS first,
+        strftime(make_timestamp(epoch_us(max(timestamp)::TIMESTAMPTZ)), '%Y-%m-%dT%H:%M:%SZ') AS last
+    FROM stream
+    GROUP BY entity_type
+    ORDER BY entity_type
+"""
+
+
+def main(url: str, ticket: str) -> None:
+    with connect(url) as client, client.stream(ticket) as stream, duckdb.connect() as database:
+        database.register("stream", stream)
+        by_type = database.execute(BY_TYPE).fetchall()
+
+    print(f"rows={sum(row[1] for row in by_type)}")
+    print(f"without_user={sum(row[2] for row in by_type)}")
+    print(f"data_bytes={sum(row[3] for row in by_type)}")
+    if by_type:
+        print(f"first={min(row[4] for row in by_type)}")
+        print(f"last={max(row[5] for row in by_type)}")
+    for row in by_type:
+        print(f"{row[0]}={row[1]}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except PipelineError as refused:
+        sys.exit(str(refused))
+    except duckdb.Error as broken:
+        # A stream that breaks off does so inside DuckDB, which puts the sentence into its own.
+        sys.exit(str(broken).partition(" Detail: ")[0])

@@ -1,0 +1,66 @@
+#!/usr/bin/env Rscript
+# Read the events of a ticket over Arrow Flight into a data frame and count them.
+#
+#     Rscript read_events.R grpc://localhost:50051 'events:Order:now-1h:now:10000'
+#
+# R speaks Flight through Python's pyarrow, by way of reticulate (as the arrow package does, too). RETICULATE_PYTHON names the
+# Python that has pyarrow, if it is not the one on the path.
+
+suppressPackageStartupMessages(library(reticulate))
+
+# The Arrow table of a ticket; an R error if the server refuses it or the stream breaks off.
+read_table <- function(url, ticket) {
+  flight <- import("pyarrow.flight", convert = FALSE)
+  client <- flight$connect(url)
+  on.exit(client$close())
+  client$do_get(flight$Ticket(ticket))$read_all()
+}
+
+# An Arrow table as a data frame: text as character, times as POSIXct in UTC, nulls as NA.
+as_data_frame <- function(table) {
+  pa <- import("pyarrow", convert = FALSE)
+  column <- function(name) {
+    values <- table$column(name)
+    if (as_bool(pa$types$is_timestamp(values$type))) {
+      # R counts seconds in a double, which holds them to the microsecond.
+      micros <- values$cast(pa$timestamp("us", "UTC"), safe = FALSE)$cast(pa$int64())$cast(pa$float64())
+      return(as.POSIXct(as_vector(micros, NA_real_) / 1e6, origin = "1970-01-01", tz = "UTC"))
+    }
+    as_vector(values, NA_character_)
+  }
+  names <- py_to_r(table$column_names)
+  as.data.frame(setNames(lapply(names, column), names))
+}
+
+as_bool <- function(value) isTRUE(py_to_r(value))
+
+as_vector <- function(values, missing) {
+  vapply(py_to_r(values$to_pylist()), function(value) if (is.null(value)) missing else value, missing, USE.NAMES = FALSE)
+}
+
+main <- function(arguments) {
+  if (length(arguments) != 2) {
+    message("usage: read_events.R grpc://host:port TICKET")
+    quit(status = 2)
+  }
+  events <- as_data_frame(read_table(arguments[[1]], arguments[[2]]))
+
+  cat(sprintf("rows=%d\n", nrow(events)))
+  cat(sprintf("without_user=%d\n", sum(is.na(events$user_id))))
+  cat(sprintf("data_bytes=%.0f\n", sum(nchar(events$data, type = "bytes"))))
+  if (nrow(events) > 0) {
+    cat(sprintf("first=%s\n", format(min(events$timestamp), "%Y-%m-%dT%H:%M:%SZ")))
+    cat(sprintf("last=%s\n", format(max(events$timestamp), "%Y-%m-%dT%H:%M:%SZ")))
+  }
+  by_type <- table(events$entity_type)
+  cat(sprintf("%s=%d\n", names(by_type), by_type), sep = "")
+}
+
+tryCatch(
+  main(commandArgs(trailingOnly = TRUE)),
+  error = function(error) {
+    # The sentence of the server stands between two marks of gRPC.
+    message(sub("(?s)^.*?with message: (.*?)[.]? ?gRPC client debug context.*$", "\\1", conditionMessage(error), perl = TRUE))
+    quit(status = 1)
+  }
+)
