@@ -1,0 +1,125 @@
+"""What the documents show works: every shell and Python block is run, in its order, or says why it is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fraiseql_pipeline.window import Window, WindowSize
+from tests.docs.blocks import Block, blocks, documents
+
+BLOCKS = [block for document in documents() for block in blocks(document)]
+RUN = [block for block in BLOCKS if block.why_not is None]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Reader:
+    """A reader at a keyboard: one empty directory, the package installed, nothing configured."""
+
+    def __init__(self, at: Path, held: ExitStack) -> None:
+        self.at = at
+        self._held = held
+        self._address: str | None = None
+        inherited = {n: v for n, v in os.environ.items() if not n.startswith(("FRAISEQL_", "PYTHON", "DAGSTER_"))}
+        self.environment = {
+            **inherited,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "DAGSTER_DISABLE_TELEMETRY": "yes",
+            "PYTHONWARNINGS": "default",
+            "WINDOW": Window.holding(datetime.now(UTC) - timedelta(hours=2), WindowSize.HOUR).key,
+        }
+
+    def run(self, block: Block) -> subprocess.CompletedProcess[str]:
+        code = block.code
+        if block.needs in {"server", "dagster"}:
+            self.lake()
+        if block.needs == "server":
+            code = code.replace("localhost:50051", self.server())
+        command = ["bash", "-euo", "pipefail", "-c", code] if block.language == "sh" else [sys.executable, "-c", code]
+        environment = self.environment
+        if block.needs == "server":
+            environment = {**environment, "FRAISEQL_ARROW_FLIGHT_BIND": self.server()}
+        return subprocess.run(command, cwd=self.at, env=environment, capture_output=True, text=True, check=False)
+
+    def lake(self) -> None:
+        """A lake with the last hours of a sample, unless the blocks above have made one."""
+        if (self.at / ".fraiseql" / "lake").exists():
+            return
+        for arguments in (["sample", "--events", "20000"], ["materialize", "--start", "now-6h", "--end", "now"]):
+            command = [str(Path(sys.executable).parent / "fraiseql-pipeline"), *arguments]
+            subprocess.run(command, cwd=self.at, env=self.environment, capture_output=True, check=True)
+
+    def server(self) -> str:
+        """``host:port`` of a Flight server over this reader's lake, started when first asked for."""
+        if self._address is None:
+            with closing(socket.socket()) as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._address = f"127.0.0.1:{probe.getsockname()[1]}"
+            process = subprocess.Popen(
+                [Path(sys.executable).parent / "fraiseql-pipeline", "serve"],
+                cwd=self.at,
+                env={**self.environment, "FRAISEQL_ARROW_FLIGHT_BIND": self._address, "FRAISEQL_METRICS_BIND": "off"},
+            )
+            self._held.callback(process.wait, 60)
+            self._held.callback(process.terminate)
+            _wait_for(self._address, process)
+        return self._address
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended before it listened"
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise AssertionError("the server did not listen within a minute")
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Reader]]:
+    """One reader per document, so that a block finds what the blocks above it left."""
+    with ExitStack() as held:
+        found = {}
+        for document in {block.document for block in RUN}:
+            found[document] = Reader(tmp_path_factory.mktemp("reader"), held)
+        yield found
+
+
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_every_block_of_the_documents_runs(block: Block, readers: dict[str, Reader]) -> None:
+    done = readers[block.document].run(block)
+    assert done.returncode == 0, f"{block}:\n{block.code}\n{(done.stdout + done.stderr)[-4000:]}"
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr or "Beta" in done.stderr or "Supersession" in done.stderr, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.why_not is not None], ids=str)
+def test_a_block_that_is_not_run_says_why(block: Block) -> None:
+    assert block.why_not is not None
+    assert len(block.why_not.split()) >= 4, f"{block} needs a reason"
+
+
+def test_the_readme_has_blocks_that_run() -> None:
+    assert sum(block.document == "README.md" for block in RUN) >= 6
+
+
+def test_a_block_cannot_hide_behind_an_unknown_marker() -> None:
+    for document in documents():
+        for marker in re.findall(r"<!-- ?(.*?) ?-->\n```", document.read_text(encoding="utf-8")):
+            assert re.match(r"block: (server|lake|dagster)$|not run: .+", marker), f"{document.name}: {marker}"
