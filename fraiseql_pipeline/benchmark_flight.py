@@ -122,7 +122,7 @@ def _ratios(figures: _Figures, readers: tuple[int, ...]) -> Iterator[Ratio]:
     yield Ratio("bytes per event, event JSON / compact+zstd", over("bytes_per_event", "event JSON", "compact+zstd"), 10)
     yield Ratio("first batch in ms, warm, median", _median(figures, "warm", "first_batch_p50"), 5, at_most=True)
     yield Ratio("first batch in ms, cold, compact+zstd", _median(figures, "cold compact+zstd", "first_batch"), 25, at_most=True)
-    yield Ratio("memory of the server in MiB, all events kept", _median(figures, "server", "memory"), 400, at_most=True)
+    yield Ratio("memory of the server in MiB, all events kept", _median(figures, "server", "memory"), 100, at_most=True)
     totals = [figure for count in readers if (figure := _median(figures, f"{count} readers", "rate")) is not None]
     if len(totals) > 1:
         yield Ratio(f"events/s in all, {readers[-1]} readers / best", totals[-1] / max(totals), 0.85)
