@@ -28,9 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.encoding import FEW_VALUES, FRAME_BYTES
-from fraiseql_pipeline.errors import LakeDamaged, LakeUnavailable
+from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
-from fraiseql_pipeline.lake import File, Snapshot
+from fraiseql_pipeline.lake import File, Snapshot, file_errors
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FOREVER = 1 << 62
@@ -336,20 +336,3 @@ def _instant(micros: int) -> datetime:
     if micros <= (first - _EPOCH) // timedelta(microseconds=1):
         return first
     return last if micros >= (last - _EPOCH) // timedelta(microseconds=1) else _EPOCH + timedelta(microseconds=micros)
-
-
-@contextmanager
-def file_errors(file: File) -> Iterator[None]:
-    """What goes wrong while a file is read, in this package's words."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise LakeDamaged(
-            f"A data file of {file.date} is missing (it may have been vacuumed under an old version); run fsck."
-        ) from None
-    except pa.ArrowInvalid:
-        raise LakeDamaged(f"A data file of {file.date} is torn; run fsck, which tells how to repair it.") from None
-    except OSError as error:
-        if error.errno is None:  # pyarrow's own: the bytes are not what the footer says
-            raise LakeDamaged(f"A data file of {file.date} is torn; run fsck, which tells how to repair it.") from None
-        raise LakeUnavailable(f"The lake's storage failed while reading {file.date}; run it again.") from None

@@ -83,7 +83,7 @@ def read_rejected(storage: LocalStorage | ObjectStorage, files: Iterable[File], 
     """The rows of one window out of files of ``events_quarantine``, as ``QUARANTINE_SCHEMA``, ordered by pk."""
     tables = [QUARANTINE_SCHEMA.empty_table()]
     for file in files:
-        with _file_errors(file), storage.open(file.path) as opened:
+        with file_errors(file), storage.open(file.path) as opened:
             tables.append(_conformed(pq.ParquetFile(opened).read(), file, QUARANTINE_SCHEMA))
     found = pa.concat_tables(tables)
     return found.filter(pc.equal(found["window_key"], window.key)).sort_by("pk")
@@ -156,7 +156,7 @@ class _Sweep:
         heapq.heappush(self._heap, (low, next(self._ties), item))
 
     def _open(self, file: File) -> None:
-        with _file_errors(file):
+        with file_errors(file):
             parquet = pq.ParquetFile(self._storage.open(file.path), pre_buffer=False)
         footer = parquet.metadata
         if file.rows is not None and footer.num_rows != file.rows:
@@ -181,7 +181,7 @@ class _Sweep:
     def _load(self, group: _Group, low: int, high: int) -> pa.Table:
         """The asked rows of a row group in [low, high), in the lake's types."""
         source = group.source
-        with _file_errors(source.file):
+        with file_errors(source.file):
             present = set(source.parquet.schema_arrow.names)
             table = source.parquet.read_row_group(group.index, columns=[n for n in self._load_names if n in present])
         mask = None
@@ -208,7 +208,7 @@ class _Sweep:
         reach = min(reach, self._end - 1)
         times: list[pa.Array] = []
         for group in groups:
-            with _file_errors(group.source.file):
+            with file_errors(group.source.file):
                 read = group.source.parquet.read_row_group(group.index, columns=["timestamp"])["timestamp"]
             times += read.cast(LAKE_SCHEMA.field("timestamp").type).cast(pa.int64()).chunks
         every = pa.chunked_array(times, pa.int64()).sort()
@@ -271,7 +271,8 @@ def _instant(micros: int) -> pa.Scalar:
 
 
 @contextmanager
-def _file_errors(file: File) -> Iterator[None]:
+def file_errors(file: File) -> Iterator[None]:
+    """What goes wrong while a file is read, in this package's words."""
     try:
         yield
     except FileNotFoundError:
