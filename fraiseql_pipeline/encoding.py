@@ -191,7 +191,7 @@ def to_plain(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _plain(array: pa.Array, field: pa.Field) -> pa.Array:
     if array.type == UUID and field.type != UUID:
-        return _uuid_texts(array)
+        return uuid_texts(array)
     if pa.types.is_dictionary(array.type):
         return array.dictionary_decode()
     return array
@@ -206,7 +206,8 @@ def _uuid_bytes(texts: pa.Array) -> bytes:
     return unhexlify(memoryview(content)[first : first + len(texts) * _UUID_TEXT_BYTES].tobytes().translate(None, b"-"))
 
 
-def _uuid_texts(uuids: pa.Array) -> pa.Array:
+def uuid_texts(uuids: pa.Array) -> pa.Array:
+    """The texts of UUIDs of 16 bytes without nulls."""
     rows = len(uuids)
     digits = memoryview(uuids.buffers()[1])[uuids.offset * 16 : (uuids.offset + rows) * 16].hex().encode()
     # Character by character over all rows: 32 strided copies, and no loop over rows.
@@ -288,6 +289,20 @@ def frames(batch: pa.RecordBatch, max_rows: int, codec: str = "zstd") -> Iterato
     yield from _frames(batch, max_rows, codec)
 
 
+def receipt_frames(schema: pa.Schema, receipt: bytes, *, first: bool) -> Iterator[bytes]:
+    """The end of a whole stream: a batch without rows whose metadata is the receipt. Readers such as Go's take no message without a batch.
+
+    ``first``: no batch was sent before it, so it brings the (empty) dictionaries of ``schema``.
+    """
+    if first:
+        none = {field.name: pa.array([], field.type.value_type) for field in schema if pa.types.is_dictionary(field.type)}
+        yield from dictionary_frames(schema, none, "none")
+    bare = without_dictionaries(schema)
+    nothing = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in bare], schema=bare)
+    message = _written(nothing, "none").read_next_message()
+    yield frame(header=message.metadata, metadata=receipt, body=message.body)
+
+
 def _frames(batch: pa.RecordBatch, max_rows: int, codec: str) -> Iterator[Frame]:
     most = FRAME_BYTES if codec == "none" else COMPRESSED_FRAME_BYTES
     pieces = max(-(-batch.num_rows // max_rows), min(batch.num_rows, -(-batch.nbytes // most)))
@@ -323,6 +338,11 @@ def frame(*, header: pa.Buffer | bytes = b"", metadata: bytes = b"", body: pa.Bu
         if content.nbytes:
             parts += (tag, _varint(content.nbytes), content)
     return b"".join(parts)
+
+
+def with_metadata(message: bytes, metadata: bytes) -> bytes:
+    """A serialized ``FlightData`` without metadata, with it: protobuf takes fields in any order."""
+    return b"".join((message, b"\x1a", _varint(len(metadata)), metadata))
 
 
 def decoded(data: bytes, schema: pa.Schema) -> pa.RecordBatch:

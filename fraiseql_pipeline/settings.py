@@ -21,7 +21,16 @@ from fraiseql_pipeline.errors import SettingsError, WindowError
 from fraiseql_pipeline.window import Window, WindowSize, as_utc, parse_time
 
 #: What an error message must not repeat: they may carry credentials.
-_SECRET = frozenset({"database_url", "lake_options", "arrow_flight_jwt_secret", "arrow_flight_ticket_key"})
+_SECRET = frozenset(
+    {
+        "database_url",
+        "lake_options",
+        "arrow_flight_jwt_secret",
+        "arrow_flight_ticket_key",
+        "arrow_flight_token",
+        "arrow_flight_url",
+    }
+)
 
 #: HS256 keys shorter than the hash weaken it (RFC 7518, 3.2).
 _MIN_SECRET_BYTES = 32
@@ -70,6 +79,15 @@ class Settings(BaseSettings):
         2 * 1024**3, ge=0, description="disk space of encoded frames that are kept to be sent again"
     )
     arrow_flight_cache_dir: str | None = Field(None, description="directory of the kept frames; unset: the system's temporary one")
+    arrow_flight_live: bool = Field(
+        True,
+        description="whether the server follows the change log of FRAISEQL_DATABASE_URL and serves events before they are published",
+    )
+    arrow_flight_live_bytes: int = Field(
+        512 * 1024**2,
+        ge=16 * 1024**2,
+        description="disk space of events that are not published yet; beyond, they are read from Postgres",
+    )
     arrow_flight_locations: str | None = Field(
         None, description="comma-separated grpc:// or grpc+tls:// URIs of the replicas that serve the same lake"
     )
@@ -83,13 +101,15 @@ class Settings(BaseSettings):
     arrow_flight_max_streams_per_principal: int = Field(
         16, ge=1, le=1024, description="streams one authenticated principal may have at once"
     )
-    arrow_flight_max_rows: int | None = Field(None, ge=1, description="most events of one stream; unset: no limit")
+    arrow_flight_max_rows: int | None = Field(None, ge=1, description="most events of one stream or upload; unset: no limit")
     arrow_flight_max_range_days: int | None = Field(
         None, ge=1, description="most days of published windows one ticket may cover; unset: no limit"
     )
     arrow_flight_max_stream_seconds: float = Field(3600.0, gt=0, description="how long one stream may last before it is cut")
     arrow_flight_stall_seconds: float = Field(
-        60.0, gt=0, description="how long a client may keep the server waiting below the minimum rate before its stream is cut"
+        60.0,
+        gt=0,
+        description="how long a client may keep the server waiting, below the minimum rate or for its next message, before its stream is cut",
     )
     arrow_flight_min_bytes_per_second: int = Field(1024, ge=1, description="minimum rate of a client that keeps the server waiting")
     arrow_flight_drain_seconds: float = Field(30.0, ge=0, description="how long a stopping Flight server lets streams finish")
@@ -114,8 +134,18 @@ class Settings(BaseSettings):
     arrow_flight_jwt_org_claim: str = Field(
         "org_id", description="claim of a JWT that holds the tenant; `*` in it stands for all tenants"
     )
+    arrow_flight_uploads: bool = Field(
+        False, description="whether the Flight server takes events of producers (DoPut) into the change log of the database URL"
+    )
     arrow_flight_audit_log: str | None = Field(
         None, description="file that gets one JSON line per call, or `stderr`; unset: no audit log"
+    )
+    arrow_flight_url: str | None = Field(
+        None, description="grpc:// or grpc+tls:// URI of the Flight server that Dagster tells of published windows; unset: none"
+    )
+    arrow_flight_token: str | None = Field(None, description="bearer token for that server, with the scopes `read` and `admin`")
+    arrow_flight_root_certs: str | None = Field(
+        None, description="PEM file of the authorities to trust for that server; unset: the system's"
     )
     metrics_bind: str = Field("127.0.0.1:8080", description="host:port of Prometheus metrics and health of `serve`; `off`: none")
 
@@ -183,6 +213,13 @@ class Settings(BaseSettings):
     def _check_locations(cls, value: str | None) -> str | None:
         if value is not None and not all(re.fullmatch(r"grpc(\+tls|\+tcp)?://[^\s/]+", part.strip()) for part in value.split(",")):
             raise ValueError("must be URIs like grpc://host:port, separated by commas")
+        return value
+
+    @field_validator("arrow_flight_url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"grpc(\+tls|\+tcp)?://[^\s/@]+", value):
+            raise ValueError("must be a URI like grpc://host:port")
         return value
 
     @property

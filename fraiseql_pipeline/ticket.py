@@ -13,8 +13,8 @@ rows per batch from the right, and what is between is cut at the one ``:`` that 
 ``:``: an end starts with ``now`` or four digits and a hyphen, and no time goes on like that behind a colon.
 
 JSON. ``entity_type`` is a name, ``*``, names joined by ``|``, or a list of names taken as they are. Optional: ``batch_size``, ``columns``
-(of the lake, in the wanted order), ``profile``, ``codec``, ``table_version``, ``limit``, ``follow``, ``allow_missing``; null is the same as
-not there. ``start`` and ``end`` are times as in the text.
+(of the lake, in the wanted order), ``profile``, ``codec``, ``table_version``, ``after_pk``, ``limit``, ``follow``, ``allow_missing``; null is
+the same as not there. ``start`` and ``end`` are times as in the text.
 
 Upstream's JSON has ``start_date``, ``end_date`` and ``limit``, all optional: no start is the beginning of time, no end is now. Its end is
 inclusive: a date means all of that day, an instant itself, so ``Ticket.end`` is the day or the microsecond after it. Its limit keeps the
@@ -71,6 +71,7 @@ class Ticket:
     profile: str | None = None
     codec: str | None = None
     table_version: int | None = None
+    after_pk: int | None = None
     limit: int | None = None
     follow: bool = False
     allow_missing: bool = False
@@ -79,7 +80,7 @@ class Ticket:
         object.__setattr__(self, "start", as_utc(self.start))
         object.__setattr__(self, "end", as_utc(self.end))
         object.__setattr__(self, "entity_types", tuple(dict.fromkeys(self.entity_types)))
-        if self.start >= self.end:
+        if self.start > self.end or (self.start == self.end and not self.follow):
             raise TicketError(
                 f"A ticket must start before it ends, got {_iso(self.start)} to {_iso(self.end)}; the end is exclusive."
             )
@@ -91,6 +92,7 @@ class Ticket:
         _check_range("batch_size", self.batch_size, 1, MAX_BATCH_ROWS)
         _check_range("limit", self.limit, 1, 2**63 - 1)
         _check_range("table_version", self.table_version, 0, 2**63 - 1)
+        _check_range("after_pk", self.after_pk, 0, 2**63 - 1)
         _check_choice("profile", self.profile, PROFILES)
         _check_choice("codec", self.codec, CODECS)
         if unknown := [name for name in self.columns if name not in LAKE_SCHEMA.names]:
@@ -269,6 +271,7 @@ _KINDS: dict[str, Callable[[str, Any], Any]] = {
     "profile": _word,
     "codec": _word,
     "table_version": _integer,
+    "after_pk": _integer,
     "limit": _integer,
     "follow": _flag,
     "allow_missing": _flag,

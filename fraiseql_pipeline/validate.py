@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,17 @@ class Validation:
     reasons: dict[str, int]
 
 
+class Span(Protocol):
+    """What a validator needs of a window; an upload's batch has no window, its times may be any."""
+
+    @property
+    def start(self) -> datetime: ...
+    @property
+    def end(self) -> datetime: ...
+    @property
+    def key(self) -> str: ...
+
+
 class Validator:
     """Judges the batches of one window, in (timestamp, pk) order; it remembers the ids it accepted. One thread at a time.
 
@@ -75,7 +86,7 @@ class Validator:
     (a late merge); they count as accepted.
     """
 
-    def __init__(self, window: Window, known_ids: pa.Array | pa.ChunkedArray | None = None) -> None:
+    def __init__(self, window: Span, known_ids: pa.Array | pa.ChunkedArray | None = None) -> None:
         self._window = window
         self._seen = EventIds()
         self._verdicts: defaultdict[str, _Verdicts] = defaultdict(dict)
@@ -228,7 +239,7 @@ class _Asked:
     an array without nulls for which ``holds`` is false.
     """
 
-    window: Window
+    window: Span
     verdicts: _Verdicts
     search: Callable[[pa.Array], Rows]
 
@@ -241,7 +252,7 @@ class _Meaning:
     """
 
     fault: str
-    holds: Callable[[pl.Expr, Window], pl.Expr]
+    holds: Callable[[pl.Expr, Span], pl.Expr]
     screen: Callable[[pa.Array, _Asked], Rows]
 
 
@@ -279,7 +290,7 @@ _RULES: dict[Rule, _Meaning] = {
 _JUDGED = tuple(column for column in EXTRACTED if column.rule is not None or not column.nullable)
 
 
-def _failure_cases(column: Column, window: Window, frame: pl.DataFrame) -> pl.DataFrame | None:
+def _failure_cases(column: Column, window: Span, frame: pl.DataFrame) -> pl.DataFrame | None:
     """pandera's findings about a column, or none. The exception they came in quotes values, so it is not let out of here, not even as a context."""
     import pandera.polars as pandera  # 0.3 s and, where pandas is installed, 46 MiB: only for windows with bad rows
 

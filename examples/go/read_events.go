@@ -71,27 +71,6 @@ func (s *summary) print() {
 	}
 }
 
-// messages hands on what holds columns and keeps the receipt, which the server sends last: the Go reader takes only messages with columns.
-type messages struct {
-	stream  flight.FlightService_DoGetClient
-	receipt []byte
-}
-
-func (m *messages) Recv() (*flight.FlightData, error) {
-	for {
-		data, err := m.stream.Recv()
-		if err != nil {
-			return nil, err
-		}
-		if len(data.AppMetadata) > 0 {
-			m.receipt = data.AppMetadata
-		}
-		if len(data.DataHeader) > 0 {
-			return data, nil
-		}
-	}
-}
-
 func read(url, ticket string) (*summary, error) {
 	address, found := strings.CutPrefix(url, "grpc://")
 	if !found {
@@ -109,22 +88,24 @@ func read(url, ticket string) (*summary, error) {
 	if err != nil {
 		return nil, err
 	}
-	incoming := &messages{stream: stream}
-	reader, err := flight.NewRecordReader(incoming)
+	reader, err := flight.NewRecordReader(stream)
 	if err != nil {
 		return nil, err
 	}
 	defer reader.Release()
 
 	events := &summary{byType: map[string]int{}}
+	var said []byte
 	for reader.Next() {
 		events.add(reader.RecordBatch())
+		// The last batch has no rows, and a receipt as its metadata.
+		said = reader.LatestAppMetadata()
 	}
 	if err := reader.Err(); err != nil {
 		return nil, err
 	}
 	var receipt struct{ Rows *int64 }
-	if json.Unmarshal(incoming.receipt, &receipt) != nil || receipt.Rows == nil || *receipt.Rows != events.rows {
+	if json.Unmarshal(said, &receipt) != nil || receipt.Rows == nil || *receipt.Rows != events.rows {
 		return nil, fmt.Errorf("the stream does not match its receipt after %d events; read it again", events.rows)
 	}
 	return events, nil

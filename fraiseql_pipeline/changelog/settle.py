@@ -21,7 +21,7 @@ Invariants
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -37,6 +37,9 @@ from fraiseql_pipeline.window import Window, as_utc
 
 #: The first pause between two looks at the locks, and the longest. Most writers end within the first few.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.001, 0.1
+
+#: Who follows the log is to have an event within 250 ms of its commit; a look costs the server 0.2 ms.
+_FOLLOWERS_PAUSE_SECONDS = 0.02
 
 #: Blockers that a message names; the error carries all of them.
 _SHOWN = 5
@@ -75,6 +78,17 @@ def settle(
         sealed_until, blockers = _seal(connection, contract, settings, windows_end)
         settled_pk, settled_at = _settle(connection, contract, settings.settle_timeout_seconds)
     return Settlement(settled_pk, sealed_until, settled_at, contract.identity, blockers)
+
+
+def settle_keys(
+    connection: psycopg.Connection[Any], contract: Contract, timeout_seconds: float, given_up: Callable[[], bool] = lambda: False
+) -> tuple[int, datetime]:
+    """Settle without a seal, for whoever follows the log: the settled pk, and the database's clock when it was drawn.
+
+    Raises ``SettleTimeout`` after the timeout, or once ``given_up`` says that nobody waits any more, and ``SourceUnavailable``.
+    """
+    with translated():
+        return _settle(connection, contract, timeout_seconds, _FOLLOWERS_PAUSE_SECONDS, given_up)
 
 
 # ------------------------------------------------------------------------------------------------------------------ seal
@@ -135,11 +149,17 @@ def _earliest(session: Mapping[str, Any], first: set[str], begun: datetime) -> d
 # ---------------------------------------------------------------------------------------------------------------- settle
 
 
-def _settle(connection: psycopg.Connection[Any], contract: Contract, timeout_seconds: float) -> tuple[int, datetime]:
+def _settle(
+    connection: psycopg.Connection[Any],
+    contract: Contract,
+    timeout_seconds: float,
+    longest_pause_seconds: float = _LONGEST_PAUSE_SECONDS,
+    given_up: Callable[[], bool] = lambda: False,
+) -> tuple[int, datetime]:
     settled_pk, at = _point(connection, contract)
     awaited: set[str] | None = None
     prepared: set[str] | None = None
-    for last_look in _looks(timeout_seconds):
+    for last_look in _looks(timeout_seconds, longest_pause_seconds, given_up):
         holders = connection.execute(sql("settle_holders"), {"sequence": contract.sequence}).fetchall()
         running = {holder: pid for holder, pid in holders if pid is not None}
         if awaited is None:
@@ -214,12 +234,14 @@ def _shown(at: datetime) -> str:
     return as_utc(at).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
 
 
-def _looks(timeout_seconds: float) -> Iterator[bool]:
+def _looks(
+    timeout_seconds: float, longest_pause_seconds: float = _LONGEST_PAUSE_SECONDS, given_up: Callable[[], bool] = lambda: False
+) -> Iterator[bool]:
     """Paces looks at a condition, the first at once, rarer as time goes by; true for the last one, when the time is up."""
     deadline = time.monotonic() + timeout_seconds
     pause = _PAUSE_SECONDS
-    while (left := deadline - time.monotonic()) > 0:
+    while (left := deadline - time.monotonic()) > 0 and not given_up():
         yield False
         time.sleep(min(pause, left))
-        pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+        pause = min(pause * 1.5, longest_pause_seconds)
     yield True

@@ -16,12 +16,14 @@ import psycopg
 import pyarrow as pa
 
 from fraiseql_pipeline.changelog import embedded, fill, late
+from fraiseql_pipeline.changelog.append import Appended, Appender
 from fraiseql_pipeline.changelog.connection import connect
 from fraiseql_pipeline.changelog.contract import Contract
 from fraiseql_pipeline.changelog.late import Audit, Late
 from fraiseql_pipeline.changelog.preflight import preflight
 from fraiseql_pipeline.changelog.read import Readers
 from fraiseql_pipeline.changelog.settle import Settlement, settle
+from fraiseql_pipeline.changelog.tail import Tail
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
 
@@ -42,9 +44,11 @@ class ChangeLog:
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
         self._contract: Contract | None = None
         self._readers = Readers(url, settings)
+        self._appender = Appender(url)
 
     def close(self) -> None:
         self._readers.close()
+        self._appender.close()
         self._disconnect()
 
     def preflight(self) -> Contract:
@@ -82,6 +86,13 @@ class ChangeLog:
         self._proved()
         return self._ask(lambda connection: late.audit(connection, window, settled_pk))
 
+    @contextmanager
+    def tail(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[Tail]:
+        """Follows the log on connections of its own. ``given_up``: whether a wait for open writers shall end."""
+        contract = self.preflight()
+        with connect(self.url, statement_timeout_seconds=self.settings.read_timeout_seconds) as connection:
+            yield Tail(connection, contract, self._readers, self.settings.settle_timeout_seconds, given_up)
+
     def unplaced(self) -> int:
         """Rows that belong to no window: ``created_at`` is null, infinite or outside the years 1 to 9999."""
         self._proved()
@@ -96,6 +107,10 @@ class ChangeLog:
         """The first and the last time of an event that has one. Raises ``SourceRefused`` when there is none."""
         self._proved()
         return self._ask(late.span)
+
+    def append(self, events: pa.RecordBatch, producer: str) -> Appended:
+        """Insert events that the log does not hold yet, in one transaction on a connection of its own; see ``append.Appender``."""
+        return self._appender.append(events, producer)
 
     def _proved(self) -> Contract:
         with self._lock:

@@ -18,7 +18,8 @@ from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.errors import InputError
 from fraiseql_pipeline.flight.auth import SCOPES, new_token
 from fraiseql_pipeline.flight.client import connect
-from fraiseql_pipeline.flight.plan import pinned, plan
+from fraiseql_pipeline.flight.plan import plan
+from fraiseql_pipeline.flight.view import pinned
 from fraiseql_pipeline.flight.workers import Started, run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.ticket import Ticket

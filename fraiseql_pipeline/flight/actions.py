@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from fraiseql_pipeline.errors import LakeEmpty, NotOffered, TicketError
 from fraiseql_pipeline.flight import protocol, session
 from fraiseql_pipeline.flight.auth import ADMIN, READ, Authenticator
-from fraiseql_pipeline.flight.edge import ANY, Call, Edge
+from fraiseql_pipeline.flight.edge import ANY, MAX_REQUEST_BYTES, Call, Edge
 from fraiseql_pipeline.flight.limits import Streams
 from fraiseql_pipeline.flight.service import FlightService
 from fraiseql_pipeline.lake import Lake
@@ -176,7 +176,7 @@ def health() -> grpc.GenericRpcHandler[Any, Any]:
 
     def check(request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
-            service = protocol.HealthCheckRequest.FromString(request).service
+            service = protocol.HealthCheckRequest.FromString(request[:MAX_REQUEST_BYTES]).service
         except DecodeError:
             service = None
         if service not in {"", protocol.SERVICE}:

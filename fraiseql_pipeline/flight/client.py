@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -54,11 +54,11 @@ class Receipt:
     windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
     that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
     range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
-    ``next_ticket`` reads what is published after this; None behind a ``limit``.
+    ``next_ticket`` reads what comes after this; None behind a ``limit``. ``table_version`` is None while nothing is published.
     """
 
     rows: int | None
-    table_version: int
+    table_version: int | None
     complete_through: datetime
     provisional_windows: int
     missing_windows: int
@@ -81,6 +81,8 @@ class Asked(TypedDict, total=False):
     limit: int
     table_version: int
     allow_missing: bool
+    after_pk: int
+    follow: bool
 
 
 class Tls(TypedDict, total=False):
@@ -94,14 +96,22 @@ class Tls(TypedDict, total=False):
 class Client:
     """A connection to a Flight server. Close it, or use it in a ``with`` block."""
 
-    def __init__(self, url: str, *, token: str | None = None, profile: str | None = None, **tls: Unpack[Tls]) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        profile: str | None = None,
+        timeout_seconds: float | None = None,
+        **tls: Unpack[Tls],
+    ) -> None:
         self.url = url if "://" in url else f"grpc://{url}"
         if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
             raise InputError("A token must be printable ASCII without white space.")
         headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
         if profile is not None:
             headers.append((b"x-fraiseql-encoding", str(Encoding.parse(profile)).encode()))
-        self._options = flight.FlightCallOptions(headers=headers)
+        self._options = flight.FlightCallOptions(headers=headers, timeout=timeout_seconds)
         with self._translated():
             self._flight = flight.connect(self.url, **{name: _pem(name, value) for name, value in tls.items() if value is not None})
 
@@ -119,13 +129,25 @@ class Client:
         expression such as ``"now-1h"``; the end is exclusive and ``"now"`` when left out), ``entity_types`` (none: all),
         ``columns`` (none: the eight of an event), ``batch_size`` (most rows per batch), ``limit`` (most rows in all), ``allow_missing``
         (skip windows that are not published instead of failing), ``profile`` (``"compact"``: the columns as they travel), ``codec``,
-        ``table_version``.
+        ``table_version``, ``after_pk`` (only events above that key). With ``follow`` the stream goes on as events settle: iterate over
+        ``stream`` then, this would never return.
 
         Raises ``TicketError``, ``WindowMissing`` for a hole in the range, ``LakeEmpty``, or ``FlightUnavailable`` when the server cannot
         be reached or the stream broke off.
         """
         with self.stream(ticket, **asked) as stream:
             return stream.read_all()
+
+    @contextmanager
+    def exchange(self) -> Iterator[Exchange]:
+        """One call for many tickets, whose streams have the same columns: what a program saves that reads small parts, one after the other."""
+        with self._translated():
+            writer, reader = self._flight.do_exchange(flight.FlightDescriptor.for_command(b""), self._options)
+        exchange = Exchange(writer, reader, self.url)
+        try:
+            yield exchange
+        finally:
+            exchange.close()
 
     def polars(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pl.DataFrame:
         """``read`` as a polars frame, without a copy."""
@@ -142,7 +164,25 @@ class Client:
         with self._translated():
             descriptor = flight.FlightDescriptor.for_command(_ticket(ticket, **asked))
             found = self._flight.get_flight_info(descriptor, self._options)
-            return _receipt(found.app_metadata, found.schema, None if found.total_records < 0 else found.total_records)
+            return _receipt(_facts(found.app_metadata), found.schema, None if found.total_records < 0 else found.total_records)
+
+    def refresh(self) -> int | None:
+        """Have the server follow the lake's log now; the table version it serves then, None while nothing is published. Needs ``admin``."""
+        version: int | None = self._act("refresh", b"", "table_version")
+        return version
+
+    def warm(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> int:
+        """Have the server encode the events of a ticket before anybody reads them; how many there are. Needs ``admin``."""
+        rows: int = self._act("warm", _ticket(ticket, **asked), "rows")
+        return rows
+
+    def _act(self, name: str, body: bytes, wanted: str) -> Any:
+        with self._translated():
+            results = list(self._flight.do_action(flight.Action(name, body), self._options))
+        try:
+            return json.loads(results[0].body.to_pybytes())[wanted]
+        except (ValueError, LookupError, TypeError):
+            raise FlightUnavailable(f"The server's answer to {name} cannot be read; is it a fraiseql-pipeline server?") from None
 
     def close(self) -> None:
         self._flight.close()
@@ -162,18 +202,23 @@ class Client:
 class Stream:
     """The batches of a stream, once, in order. ``receipt`` is there when they have all been read.
 
+    Of a stream that follows, ``settled_pk`` says up to which key everything has come: a stream that broke goes on behind it with
+    ``after_pk``. What came since then comes again.
+
     Also an Arrow C stream, so polars, DuckDB and every other Arrow consumer read it without a copy and without holding it whole.
     """
 
-    def __init__(self, reader: Any, schema: pa.Schema, url: str, *, plain: bool = True) -> None:
+    def __init__(self, reader: Any, schema: pa.Schema, url: str, *, plain: bool = True, alone: bool = True) -> None:
         compact = (schema.metadata or {}).get(b"fraiseql.encoding", b"").startswith(b"compact")
         self.schema = plain_schema(schema) if plain and compact else schema
         self.receipt: Receipt | None = None
+        self.settled_pk: int | None = None
         self._reader = reader
         self._url = url
         self._rows = 0
         self._checksum = 0
         self._decodes = plain and compact
+        self._alone = alone
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         return self
@@ -188,7 +233,7 @@ class Stream:
             if rows:
                 self._checksum = (self._checksum + (checksum(chunk.data) or 0)) % 2**64
             if chunk.app_metadata is not None:
-                self._finish(chunk.app_metadata.to_pybytes())
+                self._note(chunk.app_metadata.to_pybytes())
             if rows:
                 return to_plain(chunk.data) if self._decodes else chunk.data
         raise StopIteration
@@ -200,14 +245,19 @@ class Stream:
             except StopIteration:
                 return None
 
-    def _finish(self, metadata: bytes) -> None:
-        receipt = _receipt(metadata, self.schema)
+    def _note(self, metadata: bytes) -> None:
+        """What the metadata of a message says: how far a stream that follows has come, or that it is whole."""
+        facts = _facts(metadata)
+        self.settled_pk = facts.get("settled_pk")
+        if "rows" not in facts:
+            return
+        receipt = _receipt(facts, self.schema)
         if receipt.rows != self._rows:
             raise self._broken(f"does not match its receipt of {receipt.rows} events")
         if receipt.checksum not in {None, self._checksum}:
             raise self._broken("has other event ids than its receipt says")
         # The end of the stream carries its status: only now is it known that the server agrees.
-        if self._chunk() is not None:
+        if self._alone and self._chunk() is not None:
             raise self._broken("goes on after its receipt")
         self.receipt = receipt
 
@@ -233,15 +283,54 @@ class Stream:
         return FlightUnavailable(f"The stream from {self._url} {what} after {self._rows} events; read it again.")
 
 
-def connect(url: str = DEFAULT_URL, *, token: str | None = None, profile: str | None = None, **tls: Unpack[Tls]) -> Client:
+class Exchange:
+    """Streams of one call, one after the other; see ``Client.exchange``."""
+
+    def __init__(self, writer: Any, reader: Any, url: str) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._url = url
+        self._last: Stream | None = None
+
+    def stream(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> Stream:
+        """``Client.stream`` within the call. Raises ``InputError`` while the stream before has not been read to its end."""
+        if self._last is not None and self._last.receipt is None:
+            raise InputError("A stream of an exchange must be read to its end before the next one is asked for.")
+        said = _ticket(ticket, **asked)
+        with _translated(self._url):
+            self._writer.write_metadata(said)
+            schema = self._reader.schema
+        self._last = Stream(self._reader, schema, self._url, plain=b'"profile"' not in said, alone=False)
+        return self._last
+
+    def read(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pa.Table:
+        """``Client.read`` within the call."""
+        return self.stream(ticket, **asked).read_all()
+
+    def close(self) -> None:
+        """End the call."""
+        if self._last is None or self._last.receipt is None:
+            self._reader.cancel()
+        with suppress(flight.FlightError, pa.ArrowException, OSError):
+            self._writer.close()
+
+
+def connect(
+    url: str = DEFAULT_URL,
+    *,
+    token: str | None = None,
+    profile: str | None = None,
+    timeout_seconds: float | None = None,
+    **tls: Unpack[Tls],
+) -> Client:
     """A client of the Flight server at ``url``, ``grpc://host:port`` or ``grpc+tls://host:port``.
 
     ``token`` is sent with every call. For TLS: ``tls_root_certs``, the authorities to trust (the system's when left out), and for mutual
     TLS ``cert_chain`` and ``private_key``; each is PEM bytes, or the path of a PEM file. ``profile``: how events travel where a read says
-    nothing else, such as ``compact`` or ``compact+lz4``; they are turned back into the plain columns. The connection is made by the first
-    call.
+    nothing else, such as ``compact`` or ``compact+lz4``; they are turned back into the plain columns. ``timeout_seconds``: how long one
+    call may take, a stream's last batch included; none: for ever. The connection is made by the first call.
     """
-    return Client(url, token=token, profile=profile, **tls)
+    return Client(url, token=token, profile=profile, timeout_seconds=timeout_seconds, **tls)
 
 
 def _pem(name: str, value: Any) -> bytes:
@@ -270,9 +359,18 @@ def _ticket(ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> bytes:
     return json.dumps(said).encode()
 
 
-def _receipt(metadata: bytes, schema: pa.Schema, rows: int | None = None) -> Receipt:
+def _facts(metadata: bytes) -> dict[str, Any]:
     try:
         facts = json.loads(metadata)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise _unreadable()
+    return facts
+
+
+def _receipt(facts: dict[str, Any], schema: pa.Schema, rows: int | None = None) -> Receipt:
+    try:
         return Receipt(
             rows=facts.get("rows", rows),
             table_version=facts["table_version"],
@@ -284,8 +382,12 @@ def _receipt(metadata: bytes, schema: pa.Schema, rows: int | None = None) -> Rec
             checksum=facts.get("checksum"),
             next_ticket=facts.get("next_ticket"),
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FlightUnavailable("The server's receipt cannot be read; is it a fraiseql-pipeline server?") from None
+    except (ValueError, KeyError, TypeError):
+        raise _unreadable() from None
+
+
+def _unreadable() -> FlightUnavailable:
+    return FlightUnavailable("The server's receipt cannot be read; is it a fraiseql-pipeline server?")
 
 
 # pyarrow has a class for some statuses and only words for the others; the sentence of the server follows "with message: ".

@@ -6,7 +6,8 @@ must not: an answer (``service.py``, ``actions.py``), a status code (``status.py
 Invariants
  1. No method runs before its caller is authenticated and has the scope; what a method gets is a ``Call``, never the bare connection.
  2. Every call is counted once and written to the audit log once, whatever became of it, also when its client has gone.
- 3. The answers of a call are closed when it ends, so that files, snapshots and slots are free.
+ 3. No request above ``MAX_REQUEST_BYTES`` is parsed, whatever gRPC lets in for uploads.
+ 4. The answers of a call are closed when it ends, so that files, snapshots and slots are free.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 import grpc
 
-from fraiseql_pipeline.errors import NotAllowed, NotAuthenticated, NotOffered
+from fraiseql_pipeline.errors import InputError, NotAllowed, NotAuthenticated, NotOffered
 from fraiseql_pipeline.flight import limits, status
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, Authenticator, Caller
@@ -44,6 +45,9 @@ METHODS = (
     "DoAction",
     "ListActions",
 )
+
+#: Bytes of a request, but for an upload's: a ticket has a few hundred.
+MAX_REQUEST_BYTES = 256 * 1024
 
 #: The scope of a call that finds out itself which one it needs.
 ANY = ""
@@ -68,6 +72,7 @@ class Call:
     sent_bytes: int = 0
     reason: str | None = None
     running: Running | None = None
+    _rows_before: int = 0
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     began: float = field(default_factory=time.monotonic)
 
@@ -84,7 +89,7 @@ class Call:
 
     def count(self, rows: int) -> None:
         """So many more events are about to be sent. Raises ``TicketError`` above ``FRAISEQL_ARROW_FLIGHT_MAX_ROWS``."""
-        if self.max_rows is not None and self.rows + rows > self.max_rows:
+        if self.max_rows is not None and self.rows - self._rows_before + rows > self.max_rows:
             raise limits.too_many_rows(self.max_rows)
         self.rows += rows
 
@@ -92,10 +97,25 @@ class Call:
         """The values of a header of the request."""
         return [str(value) for key, value in self.context.invocation_metadata() if key == name]
 
-    def name(self, name: bytes) -> None:
-        """Let ``CancelFlightInfo`` find this stream by the bytes of its ticket."""
+    def streams(self, ticket: bytes) -> None:
+        """From now on this call streams a ticket: ``CancelFlightInfo`` finds it by these bytes, and its events are counted anew."""
+        self._rows_before = self.rows
         if self.running is not None:
-            self.running.names |= {name}
+            self.running.names = frozenset({ticket})
+
+    def received(self, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The requests of a client that sends several. One that keeps the server waiting for ``FRAISEQL_ARROW_FLIGHT_STALL_SECONDS`` is cut."""
+        running = self.running
+        assert running is not None
+        while True:
+            running.receiving_since = time.monotonic()
+            try:
+                request = next(requests)
+            except StopIteration:
+                return
+            finally:
+                running.receiving_since = None
+            yield request
 
 
 class Edge:
@@ -115,7 +135,7 @@ class Edge:
             code = "OK"
             try:
                 self._admit(call, scope)
-                message = method(request, call)
+                message = method(_bounded(request), call)
                 call.sent_bytes = len(message)
                 return message
             except Exception as error:  # noqa: BLE001 - the edge of the process
@@ -129,15 +149,23 @@ class Edge:
 
     def many(self, name: str, method: Callable[[bytes, Call], Iterator[bytes]], scope: str = READ, kind: Kind = "short") -> Any:
         """An RPC with a stream of answers. ``kind``: whether it is one of the streams that ``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS`` counts."""
-        return grpc.unary_stream_rpc_method_handler(self._streaming(name, method, scope, kind))
 
-    def both(self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str) -> Any:
-        """An RPC with streams both ways."""
-        return grpc.stream_stream_rpc_method_handler(self._streaming(name, method, scope, "stream"))
+        def bounded(request: bytes, call: Call) -> Iterator[bytes]:
+            return method(_bounded(request), call)
+
+        return grpc.unary_stream_rpc_method_handler(self._streaming(name, bounded, scope, kind))
+
+    def both(
+        self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str, *, uploads: bool = False
+    ) -> Any:
+        """An RPC with streams both ways. ``uploads``: its requests may be as large as gRPC lets them be."""
+        return grpc.stream_stream_rpc_method_handler(
+            self._streaming(name, method if uploads else _all_bounded(method), scope, "stream")
+        )
 
     def handshake(self, method: Callable[[Iterator[bytes], Call], Iterator[bytes]]) -> Any:
         """The RPC whose method finds out who calls. Its client gets seconds, not hours."""
-        return grpc.stream_stream_rpc_method_handler(self._streaming("Handshake", method, None, "short"))
+        return grpc.stream_stream_rpc_method_handler(self._streaming("Handshake", _all_bounded(method), None, "short"))
 
     def _streaming(
         self, name: str, method: Callable[[Any, Call], Iterator[bytes]], scope: str | None, kind: Kind
@@ -220,6 +248,18 @@ class Edge:
             bytes=call.sent_bytes,
             seconds=round(seconds, 6),
         )
+
+
+def _bounded(request: bytes) -> bytes:
+    if len(request) > MAX_REQUEST_BYTES:
+        raise InputError(f"A request must not have more than {MAX_REQUEST_BYTES} bytes, got {len(request)}.")
+    return request
+
+
+def _all_bounded(
+    method: Callable[[Iterator[bytes], Call], Iterator[bytes]],
+) -> Callable[[Iterator[bytes], Call], Iterator[bytes]]:
+    return lambda requests, call: method(map(_bounded, requests), call)
 
 
 def _generator(messages: Iterator[bytes]) -> Any:

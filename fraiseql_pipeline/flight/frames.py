@@ -193,6 +193,13 @@ class FrameStore:
                 entry._file = -1
             self._let_go()
 
+    def directory(self) -> Path:
+        """The private directory, for other files that live as long as the store; they are none of its bytes."""
+        with self._lock:
+            if self._closed:
+                raise _stopping()
+            return self._home()
+
     def size_of(self, key: Hashable) -> int | None:
         """The bytes of a complete entry; None for any other."""
         entry = self._entries.get(key)

@@ -11,6 +11,8 @@ it is there.
 Invariants
  1. A stream holds its slot until its last message is taken or its client is gone, no longer.
  2. Only time in which the server waits for its client counts as stalled; a stream that waits for events is not slow.
+ 3. A call that waits for its client's next message waits no longer than a stalled one: gRPC hands over whole messages, so how fast a half
+    of one comes cannot be seen.
 """
 
 from __future__ import annotations
@@ -71,10 +73,13 @@ class Running:
     lifetime_seconds: float
     began: float = field(default_factory=time.monotonic)
     names: frozenset[bytes] = frozenset()
+    #: What its client can do about a cut.
+    advice: str = "read faster, or read a smaller range"
     cut: str | None = None
     sent_bytes: int = 0
     waited: float = 0.0
     waiting_since: float | None = None
+    receiving_since: float | None = None
     _checked_bytes: int = 0
     _checked_waited: float = 0.0
 
@@ -96,6 +101,9 @@ class Running:
         """Why this call has to end; None: it need not."""
         if now - self.began > self.lifetime_seconds:
             return "lifetime"
+        receiving = self.receiving_since
+        if receiving is not None and now - receiving > stall_seconds:
+            return "idle"
         waited = self.waited_until(now)
         waiting = waited - self._checked_waited
         if waiting < stall_seconds:
@@ -209,12 +217,19 @@ class Streams:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 (
                     f"The stream was cut because its reader took less than {self._settings.arrow_flight_min_bytes_per_second} bytes "
-                    f"per second for {self._settings.arrow_flight_stall_seconds:g} s; read faster, or read a smaller range."
+                    f"per second for {self._settings.arrow_flight_stall_seconds:g} s; {running.advice}."
                 ),
             ),
             "lifetime": (
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"The call was cut after {running.lifetime_seconds:g} s, the longest it may last; ask for a smaller part.",
+            ),
+            "idle": (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                (
+                    f"The call was cut because its client sent nothing whole for {self._settings.arrow_flight_stall_seconds:g} s; "
+                    "end it when there is nothing to send, and send smaller batches on a slow network."
+                ),
             ),
             "cancelled": (grpc.StatusCode.ABORTED, "The stream was ended by CancelFlightInfo."),
         }[reason]

@@ -16,6 +16,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,7 +33,7 @@ from fraiseql_pipeline.lake.publish import package_version
 
 _log = logging.getLogger(__name__)
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
-CUTS = ("stalled", "lifetime", "cancelled")
+CUTS = ("stalled", "idle", "lifetime", "cancelled")
 
 #: Scrapers that hang must not hold threads.
 _HTTP_SECONDS = 5.0
@@ -56,6 +57,7 @@ class Metrics:
         self.streams = Gauge("flight_streams_in_progress", "Streams being sent.", multiprocess_mode="livesum", **named)
         self._bytes = Counter("flight_bytes", "Bytes of the messages sent.", **named)
         self._rows = Counter("flight_rows", "Events sent.", **named)
+        self._uploaded = Counter("flight_uploaded_rows", "Events taken by DoPut, those that were known included.", **named)
         self._stalled = Counter("flight_stalled_seconds", "Time in which streams waited for their readers.", **named)
         self._cuts = Counter("flight_streams_cut", "Streams the server ended, by reason.", ("reason",), **named)
         self._failures = Counter("flight_auth_failures", "Calls without a valid credential, by reason.", ("reason",), **named)
@@ -63,6 +65,15 @@ class Metrics:
         self._hits = Counter("flight_frames_hits", "Groups of frames that were kept when a stream wanted them.", **named)
         self._misses = Counter("flight_frames_misses", "Groups of frames that had to be encoded.", **named)
         self._evictions = Counter("flight_frames_evictions", "Groups of frames given up for want of space.", **named)
+        self._live_up = Gauge("live_up", "Servers that follow the change log.", multiprocess_mode="livesum", **named)
+        self._live_rows = Gauge("live_rows", "Events kept that are not published yet.", multiprocess_mode="livemax", **named)
+        self._live_bytes = Gauge("live_bytes", "Bytes of these events on disk.", multiprocess_mode="livesum", **named)
+        self._live_settled = Gauge(
+            "live_settled_timestamp_seconds",
+            "The database's clock when the events served last were all that had settled; 0 before.",
+            multiprocess_mode="livemin",
+            **named,
+        )
         self._lock = threading.Lock()
         self._figures: Callable[[], Figures] | None = None
         self._told = Figures(0, 0, 0, 0, 0)
@@ -79,9 +90,8 @@ class Metrics:
         self._requests.labels(method, code).inc()
         self._seconds.labels(method).observe(seconds)
         self._bytes.inc(sent_bytes)
-        self._rows.inc(rows)
+        (self._uploaded if method == "DoPut" else self._rows).inc(rows)
         self._stalled.inc(waited)
-
         self._follow()
 
     def watch(self, figures: Callable[[], Figures]) -> None:
@@ -98,6 +108,14 @@ class Metrics:
         self._hits.inc(now.hits - before.hits)
         self._misses.inc(now.misses - before.misses)
         self._evictions.inc(now.evictions - before.evictions)
+
+    def live(self, rows: int, size: int, settled_at: datetime | None) -> None:
+        """How far the change log was followed; ``settled_at`` None: it is not."""
+        self._live_up.set(settled_at is not None)
+        self._live_rows.set(rows)
+        self._live_bytes.set(size)
+        if settled_at is not None:
+            self._live_settled.set(settled_at.timestamp())
 
     def cut(self, reason: str) -> None:
         """A stream was ended by the server."""

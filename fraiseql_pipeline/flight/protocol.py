@@ -64,6 +64,7 @@ _MESSAGES: dict[str, tuple[str, ...]] = {
         "double progress = 3",
         "google.protobuf.Timestamp expiration_time = 4",
     ),
+    "PutResult": ("bytes app_metadata = 1",),
     "RenewFlightEndpointRequest": ("FlightEndpoint endpoint = 1",),
     "Result": ("bytes body = 1",),
     "SchemaResult": ("bytes schema = 1",),
@@ -162,6 +163,7 @@ HealthCheckRequest: Any = _CLASSES["HealthCheckRequest"]
 HealthCheckResponse: Any = _CLASSES["HealthCheckResponse"]
 Location: Any = _CLASSES["Location"]
 PollInfo: Any = _CLASSES["PollInfo"]
+PutResult: Any = _CLASSES["PutResult"]
 RenewFlightEndpointRequest: Any = _CLASSES["RenewFlightEndpointRequest"]
 Result: Any = _CLASSES["Result"]
 SchemaResult: Any = _CLASSES["SchemaResult"]

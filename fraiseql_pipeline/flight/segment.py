@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
 import pyarrow as pa
@@ -43,10 +43,11 @@ _READ_ROWS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """The events a reader may and wants to see; none: all."""
+    """The events a reader may and wants to see; none: all. ``after_pk``: only those above it."""
 
     entity_types: tuple[str, ...] = ()
     org_id: str | None = None
+    after_pk: int | None = None
 
     def mask(self, column: Callable[[str], pa.Array]) -> pa.Array | None:
         """Which rows are kept; none: all of them."""
@@ -56,18 +57,22 @@ class Filter:
         if self.org_id is not None:
             own = pc.fill_null(pc.equal(column("org_id"), self.org_id), False)
             mask = own if mask is None else pc.and_(mask, own)
+        if self.after_pk is not None:
+            new = pc.greater(column("pk"), self.after_pk)
+            mask = new if mask is None else pc.and_(mask, new)
         return mask
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*(("entity_type",) if self.entity_types else ()), *(("org_id",) if self.org_id is not None else ()))
+        chosen = {"entity_type": self.entity_types, "org_id": self.org_id is not None, "pk": self.after_pk is not None}
+        return tuple(name for name, looked_at in chosen.items() if looked_at)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """``files`` and, where one row group of one file is meant, its number. Rows lie in [``low``, ``high``] (µs).
 
-    ``extremes``: column, least and greatest value, of the columns that a filter looks at.
+    ``extremes``: column, least and greatest value, of the columns that a filter looks at; ``pks``: of the keys.
     """
 
     files: tuple[File, ...]
@@ -76,14 +81,23 @@ class Group:
     high: int
     rows: int | None
     extremes: tuple[tuple[str, str, str], ...] = ()
+    pks: tuple[int, int] | None = None
 
     @property
     def identity(self) -> tuple[object, ...]:
         """Names the content: files are never written again under the same name."""
         return (*((file.path, file.size) for file in self.files), self.index)
 
+    def simplified(self, wanted: Filter) -> Filter:
+        """A filter that keeps the same events of this group, and is the same for as many readers as possible."""
+        if wanted.after_pk is not None and self.pks is not None and self.pks[0] > wanted.after_pk:
+            return replace(wanted, after_pk=None)
+        return wanted
+
     def lacks(self, wanted: Filter) -> bool:
         """Whether it certainly has no event of the filter."""
+        if wanted.after_pk is not None and self.pks is not None and self.pks[1] <= wanted.after_pk:
+            return True
         for column, low, high in self.extremes:
             if column == "entity_type" and wanted.entity_types and all(t < low or t > high for t in wanted.entity_types):
                 return True
@@ -170,7 +184,9 @@ def _in_order(snapshot: Snapshot, unit: tuple[File, ...]) -> tuple[Group, ...] |
                     for name in ("entity_type", "org_id")
                     if (s := group.column(columns[name]).statistics) is not None and s.has_min_max
                 )
-                found.append(Group((file,), index, stats.min_raw, stats.max_raw, group.num_rows, extremes))
+                keys = group.column(columns["pk"]).statistics
+                pks = (keys.min, keys.max) if keys is not None and keys.has_min_max else None
+                found.append(Group((file,), index, stats.min_raw, stats.max_raw, group.num_rows, extremes, pks))
     return tuple(found)
 
 
@@ -206,7 +222,7 @@ def segments(
         mask = wanted.mask(lambda name, batch=found: batch.column(name))  # type: ignore[misc]
         batch = found if mask is None else found.filter(mask)
         if batch.num_rows:
-            yield _held(batch, columns)
+            yield held(batch, columns)
 
 
 def _read_alone(
@@ -217,7 +233,7 @@ def _read_alone(
     head = parquet.read_row_group(group.index, columns=[*ORDER, *few], use_threads=False)
     at, pk = (_whole(head[name]).cast(pa.int64()) for name in ORDER)
     heads = {name: _whole(head[name]) for name in few}
-    mask = wanted.mask(lambda name: heads[name].dictionary_decode())
+    mask = wanted.mask(lambda name: pk if name == "pk" else heads[name].dictionary_decode())
     if span is not None:
         inside = pc.and_(pc.greater_equal(at, span[0]), pc.less(at, span[1]))
         mask = inside if mask is None else pc.and_(mask, inside)
@@ -229,7 +245,7 @@ def _read_alone(
         whole = whole.append_column(_PARTITION, pa.repeat(_date(file), whole.num_rows))
         whole = whole if mask is None else whole.filter(mask)
         whole = whole.take(pc.sort_indices(whole, sort_keys=[(name, "ascending") for name in ORDER]))
-        yield _held(whole.combine_chunks().to_batches()[0], columns)
+        yield held(whole.combine_chunks().to_batches()[0], columns)
         return
     dictionaries, indices = {}, {}
     for name in few:
@@ -284,7 +300,7 @@ def _bulk(parquet: pq.ParquetFile, index: int | None, names: Sequence[str], rows
     yield from parquet.iter_batches(at_once, row_groups=[index], columns=list(names), use_threads=False)
 
 
-def _held(batch: pa.RecordBatch, columns: Sequence[str]) -> Segment:
+def held(batch: pa.RecordBatch, columns: Sequence[str]) -> Segment:
     """A batch that is in memory, as a segment; it has the columns asked for and those of the order."""
     dictionaries = {}
     arrays = []

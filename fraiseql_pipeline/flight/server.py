@@ -5,8 +5,8 @@ What lives here: the gRPC server around the services, in one process. What must 
 
 Invariants
  1. An address others can reach is bound only with TLS and authentication, unless the caller insists (``insecure``).
- 2. A request is refused above ``_MAX_REQUEST_BYTES`` before any of it is parsed; a port is never shared with another server, only
-    among the workers of one.
+ 2. A request is refused above ``MAX_REQUEST_BYTES`` (an upload's message above ``_MAX_UPLOAD_BYTES``) before any of it is parsed; a port
+    is never shared with another server, only among the workers of one.
  3. Stopping is bounded: new calls are refused at once, running streams may finish for the grace time, then they end in an error.
 """
 
@@ -22,21 +22,24 @@ from types import TracebackType
 
 import grpc
 
+from fraiseql_pipeline.changelog import ChangeLog
 from fraiseql_pipeline.errors import SettingsError
 from fraiseql_pipeline.flight import protocol, tls
 from fraiseql_pipeline.flight.actions import Actions, health
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, SCOPES, Authenticator, Caller
-from fraiseql_pipeline.flight.edge import METHODS, Edge
+from fraiseql_pipeline.flight.edge import MAX_REQUEST_BYTES, METHODS, Edge
 from fraiseql_pipeline.flight.limits import HANDSHAKES, SHORT_CALLS, Streams
 from fraiseql_pipeline.flight.metrics import Metrics
 from fraiseql_pipeline.flight.service import FlightService
+from fraiseql_pipeline.flight.upload import uploads
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_MAX_REQUEST_BYTES = 256 * 1024
+#: What gRPC takes in one message where the server takes uploads; every other RPC keeps to ``MAX_REQUEST_BYTES``.
+_MAX_UPLOAD_BYTES = 16 * 1024 * 1024
 
 #: Threads beyond those that clients can hold up: for calls that answer at once, and to refuse a stream too many with a sentence.
 _SPARE_THREADS = 8
@@ -45,7 +48,6 @@ _SPARE_THREADS = 8
 _WAITING_CALLS = 256
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
     # A client that vanished without a word (power, network) is noticed, and its stream ended, after 60 + 20 seconds.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -73,14 +75,22 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
     chosen = lake or Lake.of(settings)
     service = FlightService(settings, chosen)
     metrics.watch(service.store.figures)
+    if service.live is not None:
+        service.live.tell = metrics.live
     edge = Edge(authenticator, streams, metrics, audit)
-    handlers = service.handlers(edge) | Actions(chosen, service, authenticator, streams).handlers(edge)
+    log = ChangeLog(settings.database_url, settings) if settings.arrow_flight_uploads and settings.database_url else None
+    put = None if log is None else uploads(log.append)
+    handlers = service.handlers(edge, put) | Actions(chosen, service, authenticator, streams).handlers(edge)
     held = settings.arrow_flight_max_streams + SHORT_CALLS + HANDSHAKES
     threads = ThreadPoolExecutor(held + _SPARE_THREADS, thread_name_prefix="flight")
     server = grpc.server(
         threads,
         handlers=[grpc.method_handlers_generic_handler(protocol.SERVICE, handlers), health()],
-        options=(*_OPTIONS, ("grpc.so_reuseport", int(share_port))),
+        options=(
+            *_OPTIONS,
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES if log is None else _MAX_UPLOAD_BYTES),
+            ("grpc.so_reuseport", int(share_port)),
+        ),
         maximum_concurrent_rpcs=held + _SPARE_THREADS + _WAITING_CALLS,
     )
     try:
@@ -94,9 +104,10 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
             "choose another FRAISEQL_ARROW_FLIGHT_BIND."
         ) from None
     server.start()
+    service.start()
     _log.info("Flight server listens on %s, port %d", host, port)
     url = f"{'grpc' if credentials is None else 'grpc+tls'}://{host}:{port}"
-    return FlightServer(server, threads, service, streams, audit, metrics, chosen, url, settings.arrow_flight_drain_seconds)
+    return FlightServer(server, threads, service, streams, audit, metrics, chosen, log, url, settings.arrow_flight_drain_seconds)
 
 
 def check_address(settings: Settings, *, insecure: bool) -> str:
@@ -134,6 +145,7 @@ class FlightServer:
         audit: AuditLog,
         metrics: Metrics,
         lake: Lake,
+        log: ChangeLog | None,
         url: str,
         drain_seconds: float,
     ) -> None:
@@ -142,6 +154,7 @@ class FlightServer:
         self._service = service
         self._streams = streams
         self._audit = audit
+        self._log = log
         self._drain_seconds = drain_seconds
         self.metrics = metrics
         self.lake = lake
@@ -152,10 +165,13 @@ class FlightServer:
     def stop(self, grace_seconds: float | None = None) -> None:
         """Refuse new calls, let streams finish for the grace time (``FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS``), then end them."""
         self.draining = True
+        self._service.stop_following()
         self._server.stop(self._drain_seconds if grace_seconds is None else grace_seconds).wait()
         self._streams.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._service.close()
+        if self._log is not None:
+            self._log.close()
         self._audit.close()
 
     def run_until_signal(self, parent: socket.socket | None = None) -> None:
@@ -182,6 +198,7 @@ class FlightServer:
 
     def _drain(self, told: socket.socket, teller: socket.socket) -> None:
         self.draining = True
+        self._service.stop_following()
         ended = self._server.stop(self._drain_seconds)
 
         def tell() -> None:

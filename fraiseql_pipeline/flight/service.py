@@ -11,7 +11,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -20,26 +20,35 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from fraiseql_pipeline.encoding import Encoding, frame, stream_schema
+from fraiseql_pipeline.encoding import Encoding, receipt_frames, stream_schema
 from fraiseql_pipeline.errors import LakeEmpty, TicketError
 from fraiseql_pipeline.flight import limits, protocol, session
 from fraiseql_pipeline.flight.auth import PUBLISH, READ
 from fraiseql_pipeline.flight.edge import Call, Edge, not_offered
+from fraiseql_pipeline.flight.exchange import exchange
+from fraiseql_pipeline.flight.follow import follow
 from fraiseql_pipeline.flight.frames import FrameStore
-from fraiseql_pipeline.flight.plan import Plan, View, Views, plan
+from fraiseql_pipeline.flight.live import Live
+from fraiseql_pipeline.flight.plan import Plan, plan
 from fraiseql_pipeline.flight.signing import Signer
-from fraiseql_pipeline.flight.stream import FrameStreams, Sent
+from fraiseql_pipeline.flight.stream import FrameStreams, Sender, Sent
+from fraiseql_pipeline.flight.view import View, Views
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket
 
-_OFFERED = "DoGet, GetFlightInfo, PollFlightInfo, GetSchema, ListFlights, DoAction, ListActions and Handshake"
+_OFFERED = "DoGet, DoExchange, GetFlightInfo, PollFlightInfo, GetSchema, ListFlights, DoAction, ListActions and Handshake"
+_HOW_TO_UPLOAD = "with FRAISEQL_ARROW_FLIGHT_UPLOADS=true and a FRAISEQL_DATABASE_URL it takes events by DoPut"
 
 #: The request header that names an encoding for tickets that leave it open.
 ENCODING_HEADER = "x-fraiseql-encoding"
 
 #: Tells a client that the server it asked is one of an endpoint's locations (Flight.rst, "Location URIs").
 _THIS_CONNECTION = "arrow-flight-reuse-connection://?"
+
+
+#: The end of a ticket that follows without one.
+_FOR_EVER = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 def _utc_now() -> datetime:
@@ -58,37 +67,73 @@ class FlightService:
         self._streams = FrameStreams(self.store)
         self._signer = Signer(settings.arrow_flight_ticket_key, timedelta(seconds=settings.arrow_flight_ticket_seconds))
         self._encoding = Encoding.parse(settings.arrow_flight_encoding)
+        follows = settings.arrow_flight_live and settings.database_url is not None
+        self.live = Live(settings, lake, self._views, self.store.directory) if follows else None
+
+    def start(self) -> None:
+        """Follow the change log, if there is one."""
+        if self.live is not None:
+            self.live.start()
+
+    def stop_following(self) -> None:
+        """Streams that follow end with their receipts."""
+        if self.live is not None:
+            self.live.close()
 
     def close(self) -> None:
         """Give the disk space of the kept frames back. Streams that are still running end in an error."""
+        self.stop_following()
         self.store.close()
 
-    def handlers(self, edge: Edge) -> dict[str, Any]:
-        """RPC → handler. Messages pass as bytes: frames must not go through protobuf again."""
+    def handlers(self, edge: Edge, put: Callable[[Iterator[bytes], Call], Iterator[bytes]] | None = None) -> dict[str, Any]:
+        """RPC → handler. Messages pass as bytes: frames must not go through protobuf again. ``put`` takes uploads; None: nothing does."""
         return {
             "DoGet": edge.many("DoGet", self.do_get, kind="stream"),
             "GetFlightInfo": edge.one("GetFlightInfo", self.get_flight_info),
             "GetSchema": edge.one("GetSchema", self.get_schema),
             "ListFlights": edge.many("ListFlights", self.list_flights),
-            "DoPut": edge.both("DoPut", not_offered("DoPut", _OFFERED), PUBLISH),
-            "DoExchange": edge.both("DoExchange", not_offered("DoExchange", _OFFERED), READ),
+            "DoPut": edge.both("DoPut", put or not_offered("DoPut", f"{_OFFERED}; {_HOW_TO_UPLOAD}"), PUBLISH, uploads=True),
+            "DoExchange": edge.both(
+                "DoExchange", lambda requests, call: exchange(requests, call, self.planned, self.messages), READ
+            ),
         }
 
     def do_get(self, request: bytes, call: Call) -> Iterator[bytes]:
-        """The events of a ticket: the schema, the batches, and a message without a batch that carries the receipt.
+        """The events of a ticket; see ``messages``."""
+        yield from self.messages(self.planned(_parse(protocol.Ticket, request).ticket, call), call)
+
+    def planned(self, asked: bytes, call: Call) -> Plan:
+        """The plan of a ticket that the call streams next."""
+        call.streams(asked)
+        return self._plan(self._ticket(asked, call), call)
+
+    def messages(self, decided: Plan, call: Call) -> Iterator[bytes]:
+        """The stream of a plan: the schema, the batches, and a batch without rows that carries the receipt as its metadata.
 
         The receipt is a JSON object: ``rows`` and ``checksum`` (``encoding.checksum``; null where ``event_id`` is not sent) of the whole
         stream, and the facts of ``Plan.metadata``.
         """
-        asked = _parse(protocol.Ticket, request).ticket
-        call.name(asked)
-        ticket = self._ticket(asked, call)
-        decided = self._plan(ticket, call)
         sent = Sent(call.count)
-        with closing(self._streams.messages(decided, self._max_rows(ticket), sent)) as messages:
-            yield from messages
+        if decided.ticket.follow and self.live is not None:
+            decided = yield from self._followed(decided, sent, call, self.live)
+        else:
+            with closing(self._streams.messages(decided, self._max_rows(decided.ticket), sent)) as messages:
+                yield from messages
         ids = "event_id" in decided.schema.names
-        yield frame(metadata=decided.metadata(rows=sent.rows, checksum=sent.checksum if ids else None))
+        receipt = decided.metadata(rows=sent.rows, checksum=sent.checksum if ids else None)
+        yield from receipt_frames(decided.stream_schema, receipt, first=not sent.rows)
+
+    def _followed(self, decided: Plan, sent: Sent, call: Call, live: Live) -> Generator[bytes, None, Plan]:
+        if call.running is not None:
+            call.running.advice = 'read on with "after_pk", the last "settled_pk" you got'
+        sender = Sender(decided, self._max_rows(decided.ticket), sent)
+        # Well before it would be cut.
+        seconds = 0.9 * self._settings.arrow_flight_max_stream_seconds
+        return (
+            yield from follow(
+                decided, lambda ticket: self._plan(ticket, call), live, self._streams, sender, call.context.is_active, seconds
+            )
+        )
 
     def get_flight_info(self, request: bytes, call: Call) -> bytes:
         """Schema, rows and bytes where they are known, and endpoints in order whose tickets name the same events of the same version."""
@@ -152,10 +197,13 @@ class FlightService:
         return endpoint
 
     def _plan(self, ticket: Ticket, call: Call, view: View | None = None) -> Plan:
+        if view is None and self.live is not None and ticket.table_version is None:
+            view = self.live.view(ticket)
+        view = view or self._views.of(ticket)
         decided = plan(
             ticket,
-            view or self._views.of(ticket),
-            first=self._settings.first_window,
+            view,
+            first=self._settings.first_window if view.live is None else None,
             size=self._settings.window,
             org_id=call.org_id,
             encoding=self._encoding,
@@ -181,9 +229,18 @@ class FlightService:
     def _ticket(self, data: bytes, call: Call) -> Ticket:
         now = self._clock()
         ticket = self._chosen(Ticket.parse(self._signer.opened(data, _name(call), now), now), call)
-        if ticket.follow:
-            raise TicketError('This server sends events that are published; leave "follow" out of the ticket.')
-        return ticket
+        return self._following(ticket, now) if ticket.follow else ticket
+
+    def _following(self, ticket: Ticket, now: datetime) -> Ticket:
+        if self.live is None:
+            raise TicketError(
+                'This server sends events that are published; leave "follow" out of the ticket. It follows a change log where '
+                "FRAISEQL_DATABASE_URL is set."
+            )
+        if ticket.end < now or ticket.table_version is not None:
+            raise TicketError('A ticket with "follow" must end now or later, and name no "table_version".')
+        # Until now means for ever: what settles later happened later.
+        return replace(ticket, end=_FOR_EVER) if ticket.end == now else ticket
 
     def _chosen(self, ticket: Ticket, call: Call) -> Ticket:
         """The ticket with what it leaves open and the call's header, then its session, say."""

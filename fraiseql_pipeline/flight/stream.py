@@ -15,9 +15,10 @@ Invariants
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +36,7 @@ from fraiseql_pipeline.encoding import (
 from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.flight.frames import Entry, FrameStore, Item, Message
 from fraiseql_pipeline.flight.plan import Plan
-from fraiseql_pipeline.flight.segment import Group, Groups, segments
+from fraiseql_pipeline.flight.segment import Filter, Group, Groups, Segment, segments
 
 #: Rows per kept frame; a ticket gets the largest that its rows per batch allow, and smaller batches are cut out of the last. Larger ones
 #: than the first are hardly smaller (109 bytes per sample event at 50,000 rows, 117 at 10,000), and the plan's tickets ask for 10,000 and 5,000.
@@ -65,6 +66,7 @@ class _Part:
     """One group as a plan needs it."""
 
     group: Group
+    filter: Filter
     key: tuple[object, ...]
     whole: bool
 
@@ -82,7 +84,7 @@ class FrameStreams:
         Raises ``LakeDamaged`` at the end if the lake gave other rows than the commits of the windows count.
         """
         yield schema_frame(plan.stream_schema)
-        yield from self._frames(plan, max_rows, sent)
+        yield from self.frames(plan, Sender(plan, max_rows, sent))
         if plan.rows not in {None, sent.rows}:
             raise LakeDamaged(
                 f"The lake gave {sent.rows} events where the commits of the asked windows count {plan.rows}; run fraiseql-pipeline fsck."
@@ -106,8 +108,9 @@ class FrameStreams:
                 total += size
         return total
 
-    def _frames(self, plan: Plan, max_rows: int, sent: Sent) -> Iterator[bytes]:
-        sender = _Sender(plan, max_rows, sent)
+    def frames(self, plan: Plan, sender: Sender) -> Iterator[bytes]:
+        """The frames of a plan, behind what ``sender`` has sent before."""
+        max_rows = sender.max_rows
         parts = self._parts(plan, max_rows)
         opened: deque[tuple[_Part, Entry]] = deque()
 
@@ -148,23 +151,27 @@ class FrameStreams:
             whole = start <= group.low and group.high < end
             # Frames without times cannot be cut at one, so what is cut is a group of its own.
             span = None if whole or "timestamp" in plan.schema.names else plan.span
-            key = (group.identity, str(plan.encoding), tuple(plan.schema.names), wanted, _frame_rows(max_rows), span)
-            yield _Part(group, key, whole or span is not None)
+            kept = group.simplified(wanted)
+            key = (group.identity, str(plan.encoding), tuple(plan.schema.names), kept, frame_rows(max_rows), span)
+            yield _Part(group, kept, key, whole or span is not None)
 
     def _open(self, plan: Plan, part: _Part, max_rows: int) -> Entry:
-        span = part.key[-1]
+        span: Any = part.key[-1]
+
+        def make() -> Iterator[Message]:
+            schema = plan.stream_schema
+            found = segments(plan.snapshot, part.group, schema.names, part.filter, span)
+            return encoded(found, schema, plan.encoding.codec, frame_rows(max_rows))
+
         # A row group is soon done; files that overlap may be of any size.
-        return self.store.open(
-            part.key, lambda: encode(plan, part.group, _frame_rows(max_rows), span), keep_going=part.group.index is not None
-        )
+        return self.store.open(part.key, make, keep_going=part.group.index is not None)
 
 
-def encode(plan: Plan, group: Group, frame_rows: int, span: object = None) -> Iterator[Message]:
-    """The messages of a group: of each segment the dictionaries, then the frames."""
-    schema, codec = plan.stream_schema, plan.encoding.codec
+def encoded(found: Iterable[Segment], schema: pa.Schema, codec: str, frame_rows: int) -> Iterator[Message]:
+    """The messages of segments: of each the dictionaries, then the frames."""
     dictionary_columns = [i for i, field in enumerate(schema) if pa.types.is_dictionary(field.type)]
     first = True
-    for segment in segments(plan.snapshot, group, schema.names, plan.filter, span):  # type: ignore[arg-type]
+    for segment in found:
         for column, data in zip(dictionary_columns, dictionary_frames(schema, segment.dictionaries, codec), strict=True):
             yield Message(data, 0, checksum=xxhash.xxh3_64_intdigest(data), column=column)
         for batch, at, pk in _gathered(segment.batches, frame_rows):
@@ -212,32 +219,39 @@ def _joined(held: list[_Read]) -> _Read:
     return batch, pa.concat_arrays([read[1] for read in held]), pa.concat_arrays([read[2] for read in held])
 
 
-class _Sender:
+class Readable(Protocol):
+    """Kept messages: of a group in the store, or of a round in memory."""
+
+    def read(self, item: Item) -> bytes: ...
+
+
+class Sender:
     """Turns kept messages into what one plan's client gets."""
 
     def __init__(self, plan: Plan, max_rows: int, sent: Sent) -> None:
         self._plan = plan
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._sent = sent
         self._left = plan.limit_rows
         self._start, self._end = plan.span
         self._schema = without_dictionaries(plan.stream_schema)
         self._dictionaries: dict[int, int] = {}  # column → checksum of what the client has
-        self._pending: dict[int, tuple[Entry, Item]] = {}
+        self._pending: dict[int, tuple[Readable, Item]] = {}
 
     @property
     def full(self) -> bool:
         """Whether the limit of the ticket is reached."""
         return self._left == 0
 
-    def send(self, entry: Entry, item: Item, whole: bool) -> Iterator[bytes]:
+    def send(self, entry: Readable, item: Item, whole: bool) -> Iterator[bytes]:
+        """What the client gets of one kept message."""
         if not item.rows:
             self._pending[item.column] = entry, item
             return
         if not whole and (item.high < self._start or item.low >= self._end):
             return
         inside = whole or (self._start <= item.low and item.high < self._end)
-        fits = inside and item.rows <= self._max_rows and (self._left is None or item.rows <= self._left)
+        fits = inside and item.rows <= self.max_rows and (self._left is None or item.rows <= self._left)
         if self._pending:
             yield from self._dictionary_messages()
         if fits:
@@ -262,7 +276,7 @@ class _Sender:
             batch = batch.slice(0, self._left)
         codec = self._plan.encoding.codec
         start = 0
-        for data, rows in frames(batch, self._max_rows, codec):
+        for data, rows in frames(batch, self.max_rows, codec):
             self._note(rows, checksum(batch.slice(start, rows)) or 0)
             start += rows
             yield data
@@ -275,7 +289,8 @@ class _Sender:
             self._left -= rows
 
 
-def _frame_rows(max_rows: int) -> int:
+def frame_rows(max_rows: int) -> int:
+    """Rows per kept frame for a reader who wants so many at most."""
     return next((rows for rows in FRAME_ROWS if rows <= max_rows), FRAME_ROWS[-1])
 
 

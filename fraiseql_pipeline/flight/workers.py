@@ -31,6 +31,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
@@ -264,6 +265,8 @@ def _held_port(address: str) -> Iterator[str]:
 def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report: Connection) -> None:
     # Ctrl-C reaches every process of a terminal; the supervisor decides what it means and says so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # As the command line does, which a spawned process is not: pyarrow's own pool keeps up to 100 MiB of what encoding has freed.
+    pa.set_memory_pool(pa.system_memory_pool())
     try:
         server = serve(Settings(**chosen), insecure=insecure, share_port=True)
     except SettingsError as error:

@@ -19,8 +19,9 @@ validation rules, the order of a run, Flight.
 
 from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
 from fraiseql_pipeline.lake.lake import Lake
-from fraiseql_pipeline.lake.read import Snapshot, file_errors
+from fraiseql_pipeline.lake.parquet import write_file
+from fraiseql_pipeline.lake.read import Opens, Snapshot, file_errors
 from fraiseql_pipeline.lake.staging import Staged
 from fraiseql_pipeline.lake.table import File
 
-__all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Snapshot", "Staged", "file_errors"]
+__all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Opens", "Snapshot", "Staged", "file_errors", "write_file"]

@@ -144,25 +144,10 @@ class FileWriter:
                 self._end_file()
 
     def _begin_file(self, rows: int) -> None:
-        names = set(self._schema.names)
         self._path = f"event_date={self._date}/{self._prefix}.{len(self.files):05d}.{uuid.uuid4().hex}.parquet"
         self._staged, self._sink = self._storage.stage(self._path)
-        order = [("timestamp", "ascending"), ("pk", "ascending")]
         self._footers = []
-        self._writer = pq.ParquetWriter(
-            self._sink,
-            self._schema,
-            compression="zstd",
-            compression_level=ZSTD_LEVEL,
-            use_dictionary=[c for c in DICTIONARY if c.split(".")[0] in names],
-            column_encoding={c: "DELTA_BINARY_PACKED" for c in PACKED if c in names},
-            write_statistics=[c for c in STATISTICS if c in names],
-            write_page_index=True,
-            # Sized for this file: a filter for a full row group would be larger than a small window's data.
-            bloom_filter_options={c: {"ndv": rows, "fpp": BLOOM_FALSE_POSITIVES} for c in BLOOM},
-            sorting_columns=pq.SortingColumn.from_ordering(self._schema, order) if self._ordered else None,
-            metadata_collector=self._footers,
-        )
+        self._writer = _writer(self._sink, self._schema, rows, ordered=self._ordered, footers=self._footers)
 
     def _end_file(self) -> None:
         if self._writer is None or self._sink is None:
@@ -184,6 +169,38 @@ class FileWriter:
                 written_ms=time.time_ns() // 1_000_000,
             )
         )
+
+
+def _writer(
+    sink: pa.NativeFile | str, schema: pa.Schema, rows: int, *, ordered: bool, footers: list[pq.FileMetaData] | None = None
+) -> pq.ParquetWriter:
+    """``rows``: of the first row group. ``ordered``: rows will come in (timestamp, pk) order."""
+    names = set(schema.names)
+    order = [("timestamp", "ascending"), ("pk", "ascending")]
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        compression="zstd",
+        compression_level=ZSTD_LEVEL,
+        use_dictionary=[c for c in DICTIONARY if c.split(".")[0] in names],
+        column_encoding={c: "DELTA_BINARY_PACKED" for c in PACKED if c in names},
+        write_statistics=[c for c in STATISTICS if c in names],
+        write_page_index=True,
+        # Sized for this file: a filter for a full row group would be larger than a small window's data.
+        bloom_filter_options={c: {"ndv": rows, "fpp": BLOOM_FALSE_POSITIVES} for c in BLOOM},
+        sorting_columns=pq.SortingColumn.from_ordering(schema, order) if ordered else None,
+        metadata_collector=footers,
+    )
+
+
+def write_file(path: str, rows: pa.Table) -> None:
+    """One local file as this lake writes them, of one row group, for readers in this process: not durable and of no table.
+
+    ``rows``: ``LAKE_SCHEMA``, one date, at least one row, in (timestamp, pk) order.
+    """
+    kept = rows.drop_columns(["event_date"]).replace_schema_metadata()
+    with _writer(path, kept.schema, kept.num_rows, ordered=True) as writer:
+        writer.write_table(kept, row_group_size=kept.num_rows)
 
 
 def _logged_statistics(footer: pq.FileMetaData) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from itertools import count, pairwise
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,7 +30,6 @@ from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, QUARANTINE_SCHEMA
 from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import ROW_GROUP_ROWS
-from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage
 from fraiseql_pipeline.lake.table import PARTITION, File
 from fraiseql_pipeline.window import Window, as_utc
 
@@ -37,6 +37,13 @@ from fraiseql_pipeline.window import Window, as_utc
 HELD_ROWS = 3 * ROW_GROUP_ROWS
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FOREVER = 1 << 62
+
+
+class Opens(Protocol):
+    """What files are read from: the storage of the table, or one that has other files beside."""
+
+    def open(self, name: str) -> pa.NativeFile:
+        """The bytes of a file, for random access."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Snapshot:
     version: int
     files: tuple[File, ...]
     published: Mapping[Window, Commit]
-    storage: LocalStorage | ObjectStorage = field(repr=False)
+    storage: Opens = field(repr=False)
 
     @cached_property
     def _lows(self) -> list[int]:
@@ -79,7 +86,7 @@ class Snapshot:
         return sweep.run(self.files_in(start, end))
 
 
-def read_rejected(storage: LocalStorage | ObjectStorage, files: Iterable[File], window: Window) -> pa.Table:
+def read_rejected(storage: Opens, files: Iterable[File], window: Window) -> pa.Table:
     """The rows of one window out of files of ``events_quarantine``, as ``QUARANTINE_SCHEMA``, ordered by pk."""
     tables = [QUARANTINE_SCHEMA.empty_table()]
     for file in files:
@@ -115,7 +122,7 @@ class _Sweep:
     """Moves through time over files and row groups, smallest first timestamp first."""
 
     def __init__(
-        self, storage: LocalStorage | ObjectStorage, start: int, end: int, names: Sequence[str], entity_types: tuple[str, ...]
+        self, storage: Opens, start: int, end: int, names: Sequence[str], entity_types: tuple[str, ...]
     ) -> None:
         self._storage = storage
         self._start = start

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fraiseql_pipeline.errors import LakeEmpty, TicketError, WindowMissing
-from fraiseql_pipeline.flight.plan import Plan, View, plan
+from fraiseql_pipeline.flight.plan import Plan, plan
+from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import Commit, Snapshot
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket

@@ -234,7 +234,7 @@ SOUND: dict[str, Any] = {"type": "events", "entity_type": "*", "start": "now-1h"
         ({"type": None}, "got None"),
         ({"type": ["events"]}, "got a list"),
         ({"type": "GraphQLQuery", "query": "{ users }"}, "got 'GraphQLQuery'"),
-        ({"colums": ["pk"], "batchsize": 5}, "has no 'batchsize, colums'; it may have allow_missing, batch_size,"),
+        ({"colums": ["pk"], "batchsize": 5}, "has no 'batchsize, colums'; it may have after_pk, allow_missing, batch_size,"),
         ({"entity_type": None}, 'must have an "entity_type"'),
         ({"entity_type": 5}, 'must have an "entity_type": a name, "*" or a list of names, got 5'),
         ({"entity_type": []}, '"entity_type" must be a list of one or more names'),

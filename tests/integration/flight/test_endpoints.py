@@ -16,9 +16,10 @@ from pyarrow import flight
 from fraiseql_pipeline.errors import SettingsError, TicketError
 from fraiseql_pipeline.flight import plan as planning
 from fraiseql_pipeline.flight.auth import new_token
-from fraiseql_pipeline.flight.plan import View, Views, plan
+from fraiseql_pipeline.flight.plan import plan
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.flight.signing import Signer
+from fraiseql_pipeline.flight.view import View, Views
 from fraiseql_pipeline.lake import File, Lake, Snapshot
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket

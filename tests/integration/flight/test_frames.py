@@ -21,9 +21,10 @@ from fraiseql_pipeline.encoding import ENCODINGS, Encoding, to_plain
 from fraiseql_pipeline.event import LAKE_SCHEMA, WIRE_SCHEMA
 from fraiseql_pipeline.flight import segment, stream
 from fraiseql_pipeline.flight.frames import FrameStore
-from fraiseql_pipeline.flight.plan import View, plan
+from fraiseql_pipeline.flight.plan import plan
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.flight.stream import FrameStreams, Sent
+from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import Lake, parquet
 from fraiseql_pipeline.ticket import Ticket
 from fraiseql_pipeline.window import Window, WindowSize
@@ -193,11 +194,11 @@ def test_a_store_without_room_serves_all_the_same(lake: Lake, start_server: Call
 def test_files_that_are_not_in_order_are_sorted(
     grouped: tuple[FlightServer, pa.Table], monkeypatch: pytest.MonkeyPatch, how: str, profile: str
 ) -> None:
-    from fraiseql_pipeline.flight import plan as planning
+    from fraiseql_pipeline.flight import view
 
     monkeypatch.setattr(segment, "_in_order", lambda *_: None)
     if how == "files that overlap":
-        monkeypatch.setattr(planning, "units", lambda _: [0])
+        monkeypatch.setattr(view, "units", lambda _: [0])
     server, table = grouped
     low, high = hour(0).start + timedelta(minutes=13), hour(3).start + timedelta(minutes=2)
     with FrameStore(10**9) as store:

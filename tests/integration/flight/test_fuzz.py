@@ -12,8 +12,10 @@ from typing import Any
 
 import grpc
 import psutil
+import pyarrow as pa
 import pytest
 
+from fraiseql_pipeline.encoding import CODECS, ENCODINGS, Encoding, to_wire, wire_schema
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer
@@ -145,6 +147,78 @@ def requests(rng: random.Random) -> Iterator[tuple[str, bytes]]:
         yield name, mangled(rng, request) if rng.random() < 0.3 else request
 
 
+def uploads() -> list[list[Any]]:
+    """Whole uploads as the messages of a DoPut, in every profile and codec."""
+    found = []
+    for name in ENCODINGS:
+        encoding = Encoding.parse(name)
+        batch = to_wire(lake_events(hour(0), 5).combine_chunks().to_batches()[0], wire_schema((), encoding.profile))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema, options=CODECS[encoding.codec]) as writer:
+            writer.write_batch(batch.slice(0, 3))
+            writer.write_batch(batch.slice(2))
+        messages = [
+            protocol.FlightData(
+                data_header=message.metadata.to_pybytes(), data_body=(message.body or b"") and message.body.to_pybytes()
+            )
+            for message in pa.ipc.MessageReader.open_stream(sink.getvalue())
+        ]
+        messages[0].flight_descriptor.CopyFrom(protocol.FlightDescriptor(type=protocol.PATH, path=["events"]))
+        found.append(messages)
+    return found
+
+
+def streamed(rng: random.Random, seeds: list[list[Any]]) -> tuple[str, list[bytes]]:
+    """The messages of a DoPut or a DoExchange: right ones with something wrong in some of them, their order, or their bytes."""
+    name = rng.choice(("DoPut", "DoPut", "DoPut", "DoExchange"))
+    if name == "DoPut" or rng.random() < 0.2:
+        messages = [protocol.FlightData.FromString(message.SerializeToString()) for message in rng.choice(seeds)]
+    else:
+        messages = [protocol.FlightData(app_metadata=mangled(rng, rng.choice((TICKET, JSON)))) for _ in range(rng.randrange(1, 4))]
+    for _ in range(rng.randrange(3)):
+        message = rng.choice(messages)
+        for _ in range(rng.randrange(1, 4)):
+            part = "data_header" if rng.random() < 0.5 else "data_body"
+            data = bytearray(getattr(message, part))
+            if data:
+                at = rng.randrange(len(data))
+                data[at : at + rng.choice((1, 1, 4, 8))] = rng.choice(
+                    (rng.randbytes(1), b"\xff\xff\xff\x7f", bytes(8), b"\xff" * 8)
+                )
+                setattr(message, part, bytes(data))
+    how = rng.random()
+    if how < 0.1:
+        rng.shuffle(messages)
+    elif how < 0.2:
+        del messages[rng.randrange(len(messages))]
+    elif how < 0.3:
+        messages.append(rng.choice(messages))
+    elif how < 0.35:
+        messages = messages[:1] + rng.choice(seeds)
+    encoded = [message.SerializeToString() for message in messages]
+    if encoded and rng.random() < 0.1:
+        at = rng.randrange(len(encoded))
+        encoded[at] = mangled(rng, encoded[at])
+    return name, encoded
+
+
+def fuzz_streams(server: FlightServer, count: int, seed: int) -> Counter[tuple[str, grpc.StatusCode]]:
+    rng, seeds = random.Random(seed), uploads()
+    seen: Counter[tuple[str, grpc.StatusCode]] = Counter()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        for number in range(count):
+            name, messages = streamed(rng, seeds)
+            code, answer = grpc.StatusCode.OK, b""
+            try:
+                list(channel.stream_stream(f"/{protocol.SERVICE}/{name}")(iter(messages), timeout=60))
+            except grpc.RpcError as error:
+                code, answer = error.code(), f"{error.details()} {error.trailing_metadata()}".encode()
+            assert code in CLEAN, (number, name, messages, code, answer)
+            assert not INSIDE.search(answer), (number, name, messages, answer)
+            seen[name, code] += 1
+    return seen
+
+
 def _value(rng: random.Random) -> Any:
     return protocol.SessionOptionValue(
         **rng.choice(({"string_value": "zstd"}, {"int64_value": rng.randrange(-(2**63), 2**63)}, {"bool_value": True}, {}))
@@ -239,6 +313,29 @@ def test_wrong_requests_get_clean_statuses(served: FlightServer) -> None:
     assert {name for name, _ in seen} >= {"DoGet", "GetFlightInfo", "DoAction", "Handshake"}
     assert sum(count for (_, code), count in seen.items() if code is grpc.StatusCode.INVALID_ARGUMENT) > 300
     assert seen["DoGet", grpc.StatusCode.OK] > 10, "some of them are right, or the fuzzer tests nothing"
+
+
+@pytest.fixture
+def taking(lake: Lake, changelog_url: str, start_server: Callable[..., FlightServer]) -> FlightServer:
+    """A server that takes uploads."""
+    for number in range(2):
+        publish(lake, hour(number), lake_events(hour(number), 50))
+    return start_server(lake, arrow_flight_uploads=True, database_url=changelog_url)
+
+
+def test_wrong_uploads_and_exchanges_get_clean_statuses(taking: FlightServer) -> None:
+    threads, files = threading.active_count(), psutil.Process().num_fds()
+    seen = fuzz_streams(taking, 1_000, seed=3)
+    assert seen["DoPut", grpc.StatusCode.INVALID_ARGUMENT] > 200
+    assert seen["DoPut", grpc.StatusCode.OK] > 50, "some of them are right, or the fuzzer tests nothing"
+    assert seen["DoExchange", grpc.StatusCode.OK] > 10
+    assert_unharmed(taking, threads, files)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_thousand_wrong_uploads_get_clean_statuses(taking: FlightServer) -> None:
+    fuzz_streams(taking, 20_000, seed=4)
 
 
 @pytest.mark.slow

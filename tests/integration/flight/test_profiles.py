@@ -58,6 +58,24 @@ def test_every_encoding_has_the_same_events(client: flight.FlightClient, events:
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("columns", [None, ["pk"], ["org_id", "updated_fields"]])
+@pytest.mark.parametrize("hours", [(0, 4), (2, 3)], ids=["events", "no events"])
+def test_the_receipt_is_the_metadata_of_a_whole_batch_without_rows(
+    client: flight.FlightClient, name: str, columns: list[str] | None, hours: tuple[int, int]
+) -> None:
+    encoding = Encoding.parse(name)
+    start, end = (hour(number).start.isoformat() for number in hours)
+    ticket = asked(profile=encoding.profile, codec=encoding.codec, columns=columns, start=start, end=end)
+    *before, last = client.do_get(ticket)
+    assert all(chunk.app_metadata is None and chunk.data.num_rows for chunk in before)
+    last.data.validate(full=True)
+    assert last.data.num_rows == 0
+    table = client.do_get(ticket).read_all()
+    assert json.loads(last.app_metadata.to_pybytes())["rows"] == table.num_rows == (6_000 if hours == (0, 4) else 0)
+    assert last.data.schema.equals(table.schema, check_metadata=True)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
 @pytest.mark.parametrize("columns", [None, ["pk", "org_id", "acting_for", "event_id"]])
 def test_info_and_stream_have_one_schema_and_name_their_encoding(
     client: flight.FlightClient, name: str, columns: list[str] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import random
 import re
 import shutil
 import signal
@@ -81,6 +82,38 @@ def test_a_writer_killed_at_any_step_leaves_a_whole_table_and_the_retry_is_right
         assert_plain_protocol(lake)
         shutil.rmtree(lake.uri)
     assert killed >= 20
+
+
+def publish_for_ever(uri: str, started: Any) -> None:
+    """Generation after generation of one window, each with a settled pk of its own."""
+    lake = Lake(uri)
+    generation = lake.published()[HOUR].settled_pk - PK
+    while True:
+        generation += 1
+        publish(lake, HOUR, lake_events(HOUR, 300, generation), quarantine_events(HOUR, 4, generation), settled_pk=PK + generation)
+        started.set()
+
+
+def test_a_writer_killed_at_any_moment_leaves_one_generation_whole(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    publish(lake, HOUR, lake_events(HOUR, 300, 0), quarantine_events(HOUR, 4, 0), settled_pk=PK)
+    moments = random.Random(4)
+    seen = set()
+    for _ in range(25):
+        started = PROCESSES.Event()
+        child = PROCESSES.Process(target=publish_for_ever, args=(lake.uri, started))
+        child.start()
+        assert started.wait(60)
+        child.join(moments.uniform(0, 0.05))  # a generation takes about as long
+        child.kill()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        read = Lake(lake.uri)
+        generation = read.published()[HOUR].settled_pk - PK
+        seen.add(generation)
+        assert content(read, HOUR).equals(lake_events(HOUR, 300, generation))
+        assert {found.kind for found in read.fsck()} <= {"leftover", "pair"}
+    assert len(seen) == 25, "every writer got somewhere: the retry after each kill was right"
 
 
 def test_data_reaches_the_disk_before_its_entry_and_the_entry_before_its_number(

@@ -1,0 +1,295 @@
+"""Live: the thread that follows the change log, and views that reach up to what has settled.
+
+What lives here: following (connect, settle, read, hand out), filling what readers want of the past, joining the buffer with the lake. What
+must not: SQL (``changelog/``), files of the buffer (``buffer.py``), tickets' options (``plan.py``), gRPC.
+
+Invariants
+ 1. A view that is joined here holds, of its range, every event up to one settled pk, once: of each hour the lake's up to the pk that its
+    window was published with, and the buffer's above it.
+ 2. Nothing here is needed to serve the lake: while the log cannot be followed, ``view`` gives None, and followers are told.
+ 3. Only the following thread moves on in the log; a reader may make it fetch nothing and wait for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
+from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, PipelineError, SettleTimeout, SourceRefused
+from fraiseql_pipeline.flight.buffer import HOUR_US, Buffer, Held, Storage, window_of
+from fraiseql_pipeline.flight.rounds import Rounds
+from fraiseql_pipeline.flight.view import FOREVER, LiveEvents, Span, View, Views, joined, to_micros
+from fraiseql_pipeline.lake import Lake, Snapshot
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.ticket import Ticket
+from fraiseql_pipeline.window import Window
+
+_log = logging.getLogger(__name__)
+
+#: How long the log is left alone where nobody notifies; one look costs the server 0.3 ms. Half of it, on the average, is what a follower waits.
+POLL_SECONDS = 0.05
+#: Pauses before another connection after a failure: the first, and the longest.
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
+
+_TELL_SECONDS = 1.0
+
+#: Hours that one view may fill: each costs some queries. More of them wait for a materialization.
+_MAX_FILLED = 2_000
+#: How long a reader waits for the buffer to be where the lake is already; nearly always one look.
+_CATCH_UP_SECONDS = 10.0
+#: A view is decided again when the lake has moved on meanwhile; it does so about once a minute.
+_ATTEMPTS = 10
+
+
+class Live:
+    """Follows the change log of the settings in a thread of its own until it is closed. ``directory`` gives the place of its files."""
+
+    def __init__(self, settings: Settings, lake: Lake, known: Views, directory: Callable[[], Path]) -> None:
+        #: Told now and then how far following has come: events and bytes that are kept, and when they were all that had settled, or None.
+        self.tell: Callable[[int, int, datetime | None], None] = lambda *_: None
+        self._settings = settings
+        self._lake = lake
+        self._views = known
+        self.buffer = Buffer(directory, settings.arrow_flight_live_bytes)
+        self.rounds = Rounds()
+        self._nothing = Snapshot(-1, (), {}, Storage(lake.events.storage, directory))
+        self.buffer.storage = self._nothing.storage
+        self._changelog: ChangeLog | None = None
+        self._identity: str | None = None
+        self._problem = ""
+        self._ended = threading.Event()
+        self._moved = threading.Condition()
+        #: A key that a commit of the lake proves to be settled.
+        self._proved_pk = 0
+        self._filling = threading.Lock()
+        #: Settled pk by window, up to which it is known that no late event is missing here.
+        self._checked: dict[Window, int] = {}
+        self._dropped_version = -1
+        self._first_event: int | None = None
+        self._thread = threading.Thread(target=self._run, name="live", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, and every follower."""
+        self._ended.set()
+        self.rounds.close()
+        if self._thread.ident is not None:
+            self._thread.join(10)
+
+    @property
+    def closed(self) -> bool:
+        return self._ended.is_set()
+
+    @property
+    def up(self) -> bool:
+        """Whether the log is being followed."""
+        return self._changelog is not None
+
+    # ---------------------------------------------------------------------------------------------------------- following
+
+    def _run(self) -> None:
+        pause = _PAUSE_SECONDS
+        while not self._ended.is_set():
+            try:
+                self._follow()
+            except PipelineError as error:
+                if str(error) != self._problem:
+                    _log.warning("live events stop: %s", error)
+                self._problem = str(error)
+            except Exception:  # noqa: BLE001 - a thread has nobody above it; the server serves the lake meanwhile
+                _log.exception("live events stop")
+            if self.up:
+                pause = _PAUSE_SECONDS
+            self._changelog = None
+            self.tell(self.buffer.rows, self.buffer.bytes, None)
+            self._ended.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _follow(self) -> None:
+        with open_changelog(self._settings) as changelog, changelog.tail(self._is_wanted_elsewhere) as tail:
+            settled_pk, at = tail.settle()
+            if tail.identity != self._identity or settled_pk < self.buffer.settled_pk:
+                self._check_identity(tail.identity)
+                self.buffer.begin(settled_pk, at)
+                self.rounds.begin(settled_pk)
+                self._identity, self._checked, self._first_event = tail.identity, {}, None
+                self._proved_pk = 0
+            self._changelog, self._problem = changelog, ""
+            _log.info("live events are followed from key %d", self.buffer.settled_pk)
+            told = 0.0
+            while not self._ended.is_set():
+                self._take(tail, max(settled_pk, self._proved_pk), at)
+                if time.monotonic() - told > _TELL_SECONDS:
+                    told = time.monotonic()
+                    self.tell(self.buffer.rows, self.buffer.bytes, at)
+                tail.wait(POLL_SECONDS)
+                try:
+                    settled_pk, at = tail.settle()
+                except SettleTimeout as error:
+                    if not self._is_wanted_elsewhere():
+                        _log.warning("live events wait: %s", error)
+
+    def _is_wanted_elsewhere(self) -> bool:
+        return self._ended.is_set() or self._proved_pk > self.buffer.settled_pk
+
+    def _take(self, tail: Tail, settled_pk: int, at: datetime) -> None:
+        if settled_pk > self.buffer.settled_pk:
+            for batch in tail.read(self.buffer.settled_pk, settled_pk):
+                accepted = self.buffer.absorb(batch)
+                self.rounds.add(self.buffer.settled_pk, accepted)
+        self.buffer.reached(settled_pk, at)
+        with self._moved:
+            self._moved.notify_all()
+
+    def _check_identity(self, identity: str) -> None:
+        published = self._lake.published()
+        newest = max(published.values(), key=lambda commit: commit.settled_pk, default=None)
+        if newest is not None and newest.identity != identity:
+            raise SourceRefused(
+                "The change log is not the one the lake was published from (another cluster, timeline or table); check FRAISEQL_DATABASE_URL."
+            )
+
+    # ------------------------------------------------------------------------------------------------------------ viewing
+
+    def view(self, ticket: Ticket) -> View | None:
+        """A view for a ticket that reaches up to what has settled; None where the lake alone has all there is, or the log is not followed.
+
+        Reads through from Postgres what is neither published nor in the buffer. Raises ``LakeEmpty`` where there is no event at all,
+        ``TicketError`` where that would be too much, and what the source refuses.
+        """
+        changelog = self._changelog
+        if changelog is None:
+            if ticket.follow:
+                raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
+            return None
+        for _ in range(_ATTEMPTS):
+            base = self._base()
+            floors = self._floors(changelog, base, ticket)
+            if not floors:
+                return None
+            self._catch_up(base, ticket)
+            with self.buffer.wanted(floors):
+                for hour, floor in floors.items():
+                    self._fill(changelog, hour, floor)
+                held, settled_pk, at = self.buffer.files(floors)
+                # Where the lake moved on meanwhile, events that only its newer version has may have left the buffer.
+                if all(self.buffer.missing(hour, floor) is None for hour, floor in floors.items()):
+                    return self._joined(base, ticket, floors, held, settled_pk, at)
+        raise FlightUnavailable("The lake changes faster than it can be read; try again in a moment.")
+
+    def _catch_up(self, base: View | None, ticket: Ticket) -> None:
+        """Wait until the buffer is as far as the lake is in the range: what a view holds must end at one key."""
+        if base is None:
+            return
+        low, high = base.covered(to_micros(ticket.start), to_micros(ticket.end))
+        needed = max(base.settled_pks[low:high], default=0)
+        if needed > self.buffer.settled_pk:
+            self._proved_pk = max(self._proved_pk, needed)
+            with self._moved:
+                if not self._moved.wait_for(lambda: self.buffer.settled_pk >= needed, _CATCH_UP_SECONDS):
+                    raise FlightUnavailable("The change log cannot be followed fast enough right now; try again in a moment.")
+
+    def _joined(
+        self, base: View | None, ticket: Ticket, floors: dict[int, int], held: list[Held], settled_pk: int, at: datetime
+    ) -> View:
+        spans = []
+        for hour in floors:
+            start = hour * HOUR_US
+            if base is None or base.settled_pk_at(start) is None:
+                through = min(start + HOUR_US, max(to_micros(at), start + 1))
+                spans.append(Span(window_of(hour), start, through, settled_pk, 0, provisional=True, counted=False))
+        if base is not None:
+            late = {one.hour * HOUR_US for one in held}
+            spans += {
+                span._replace(settled_pk=settled_pk, counted=False)
+                for start in late
+                for span in base.spans[slice(*base.covered(start, start + 1))]
+            }
+        since = min((span.start for span in spans), default=FOREVER)
+        live = LiveEvents(settled_pk, since, tuple(one.file for one in held), tuple(held))
+        start, end = to_micros(ticket.start), to_micros(ticket.end)
+        return joined(base, self._nothing, start, end, spans, live, ticket.after_pk or 0)
+
+    def _base(self) -> View | None:
+        try:
+            base = self._views.newest()
+        except LakeEmpty:
+            return None
+        if base.snapshot.version > self._dropped_version:
+            tracked = self.buffer.hours(-FOREVER, FOREVER)
+            self.buffer.drop({hour: floor for hour in tracked if (floor := base.settled_pk_at(hour * HOUR_US))})
+            self._dropped_version = base.snapshot.version
+        return base
+
+    def _floors(self, changelog: ChangeLog, base: View | None, ticket: Ticket) -> dict[int, int]:
+        """The hours of a ticket that are not all in the lake, each with the key up to which they are."""
+        now = to_micros(self.buffer.settled_at)
+        start, end = to_micros(ticket.start), min(to_micros(ticket.end), now + 1)
+        if ticket.follow:  # its view says up to which key, whatever the range
+            start, end = min(start, now), now + 1
+        start = max(start, self._first(changelog, base))
+        if start >= end:
+            return {}
+        open_ranges = [(start, end)] if base is None else base.uncovered(start, end)
+        floors = {hour: 0 for low, high in open_ranges for hour in range(low // HOUR_US, -(-high // HOUR_US))}
+        if len(floors) > _MAX_FILLED:
+            raise FlightUnavailable(
+                f"The asked range has {len(floors)} hours that are not published; materialize its windows, or ask for a part at a time."
+            )
+        if base is not None:
+            hours = [*self._late(changelog, base, start, end), *self.buffer.hours(start // HOUR_US, (end - 1) // HOUR_US)]
+            floors |= {hour: base.settled_pk_at(hour * HOUR_US) or 0 for hour in hours if hour not in floors}
+        return dict(sorted(floors.items()))
+
+    def _first(self, changelog: ChangeLog, base: View | None) -> int:
+        """Before it nothing is published or read through."""
+        if base is not None and self._settings.first_window is None:
+            return base.starts[0]
+        if self._first_event is None:
+            try:
+                self._first_event = to_micros(changelog.span()[0])
+            except SourceRefused:  # there is no event
+                return to_micros(self.buffer.settled_at) // HOUR_US * HOUR_US
+        first = min([self._first_event // HOUR_US, *self.buffer.hours(-FOREVER, FOREVER)]) * HOUR_US
+        if self._settings.first_window is None:
+            return first
+        # What is published may lie before everything that the log still has.
+        first = first if base is None else min(first, base.starts[0])
+        return max(first, to_micros(self._settings.first_window))
+
+    def _late(self, changelog: ChangeLog, base: View, start: int, end: int) -> Iterator[int]:
+        """The hours of published windows that had late events when following began. Looked up once per window and its settled pk."""
+        low, high = base.covered(start, end)
+        begun = self.buffer.started_pk
+        suspects = {
+            span.window: span.settled_pk
+            for span in base.spans[low:high]
+            if span.settled_pk < begun and self._checked.get(span.window) != span.settled_pk
+        }
+        if not suspects:
+            return
+        late = {found.window for found in changelog.late(suspects)}
+        for window, settled_pk in suspects.items():
+            if window in late:
+                for hour in range(to_micros(window.start) // HOUR_US, to_micros(window.end) // HOUR_US):
+                    self._fill(changelog, hour, settled_pk)
+                    yield hour
+            self._checked[window] = settled_pk
+
+    def _fill(self, changelog: ChangeLog, hour: int, floor: int) -> None:
+        if self.buffer.missing(hour, floor) is None:
+            return
+        with self._filling:
+            upto = self.buffer.missing(hour, floor)
+            if upto is None:
+                return
+            settlement = Settlement(upto, datetime.min.replace(tzinfo=UTC), self.buffer.settled_at, self._identity or "")
+            with changelog.read(window_of(hour), settlement, after_pk=floor or None) as batches:
+                self.buffer.fill(hour, floor, upto, batches)

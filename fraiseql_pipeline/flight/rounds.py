@@ -1,0 +1,141 @@
+"""Rounds: the newest events as they settled, encoded once for all who follow.
+
+What lives here: ``Round`` and ``Rounds``, the last of them. What must not: Postgres, files (``buffer.py``), the stream of one follower
+(``follow.py``).
+
+Invariants
+ 1. Rounds follow each other without a gap: each begins at the key where the one before ended.
+ 2. They take at most ``ROUNDS_BYTES``; whoever is further behind reads what is gone from the buffer's files, so a slow follower holds no
+    memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fraiseql_pipeline.encoding import Encoding
+from fraiseql_pipeline.flight.frames import Item, Message
+from fraiseql_pipeline.flight.segment import Filter, Segment, held
+from fraiseql_pipeline.flight.stream import encoded
+
+#: Arrow bytes of the rounds that are kept, the last one aside.
+ROUNDS_BYTES = 8 << 20
+
+#: [start, end) in µs that a follower asks for.
+Times = tuple[int, int]
+
+
+class Kept:
+    """The messages of a round for followers who ask for the same; what ``frames.Entry`` is for a group."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._data = [message.data for message in messages]
+        self._items = [Item(at, len(message.data), *message[1:]) for at, message in enumerate(messages)]
+
+    def items(self) -> Iterator[Item]:
+        return iter(self._items)
+
+    def read(self, item: Item) -> bytes:
+        return self._data[item.offset]
+
+
+@dataclass(eq=False)
+class Round:
+    """Events that settled together, ``after_pk < pk <= upto_pk``: batches of ``LAKE_SCHEMA``, (timestamp, pk) rising over all."""
+
+    after_pk: int
+    upto_pk: int
+    batches: tuple[pa.RecordBatch, ...]
+    _kept: dict[object, Kept] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def bytes(self) -> int:
+        return sum(batch.nbytes for batch in self.batches)
+
+    def entry(self, schema: pa.Schema, encoding: Encoding, wanted: Filter, times: Times, frame_rows: int) -> Kept:
+        """The messages of the events that are wanted; made by the first who asks."""
+        span = None if self._within(times) else times
+        key = (tuple(schema.names), str(encoding), wanted, span, frame_rows)
+        with self._lock:
+            if (kept := self._kept.get(key)) is None:
+                messages = encoded(self._segments(schema.names, wanted, span), schema, encoding.codec, frame_rows)
+                kept = self._kept[key] = Kept(list(messages))
+            return kept
+
+    def _within(self, times: Times) -> bool:
+        if not self.batches:
+            return True
+        return times[0] <= self.batches[0]["timestamp"][0].value and self.batches[-1]["timestamp"][-1].value < times[1]
+
+    def _segments(self, columns: Sequence[str], wanted: Filter, span: Times | None) -> Iterator[Segment]:
+        for batch in self.batches:
+            mask = wanted.mask(batch.column)
+            if span is not None:
+                at = batch["timestamp"].cast(pa.int64())
+                inside = pc.and_(pc.greater_equal(at, span[0]), pc.less(at, span[1]))
+                mask = inside if mask is None else pc.and_(mask, inside)
+            # A filter copies what it keeps: no byte of another tenant's is left behind in a buffer.
+            kept = batch if mask is None else batch.filter(mask)
+            if kept.num_rows:
+                yield held(kept, columns)
+
+
+class Rounds:
+    """The last rounds. ``add`` is called by one thread, ``above`` by any."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._rounds: deque[Round] = deque()
+        self._bytes = 0
+        self._upto_pk = 0
+        self._epoch = 0
+        self._closed = False
+
+    @property
+    def epoch(self) -> int:
+        """Changes when what settles next has nothing to do with what settled before, and when nothing will settle any more."""
+        return self._epoch
+
+    def begin(self, settled_pk: int) -> None:
+        """Forget everything: keys begin anew here."""
+        with self._changed:
+            self._rounds.clear()
+            self._bytes = 0
+            self._upto_pk = settled_pk
+            self._epoch += 1
+            self._changed.notify_all()
+
+    def add(self, upto_pk: int, batches: Sequence[pa.RecordBatch]) -> None:
+        """The events up to the next key."""
+        with self._changed:
+            if batches:
+                self._rounds.append(Round(self._upto_pk, upto_pk, tuple(batches)))
+                self._bytes += self._rounds[-1].bytes
+                self._upto_pk = upto_pk
+            while self._bytes > ROUNDS_BYTES and len(self._rounds) > 1:
+                self._bytes -= self._rounds.popleft().bytes
+            self._changed.notify_all()
+
+    def above(self, pk: int, seconds: float) -> list[Round] | None:
+        """The rounds above a key, if there are none after waiting so long for one; None: events above the key are not kept here any more."""
+        with self._changed:
+            epoch = self._epoch
+            self._changed.wait_for(lambda: self._upto_pk > pk or self._epoch != epoch, seconds)
+            if self._upto_pk <= pk:
+                return []
+            if not self._rounds or self._rounds[0].after_pk > pk:
+                return None
+            return [one for one in self._rounds if one.upto_pk > pk]
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        with self._changed:
+            self._epoch += 1
+            self._changed.notify_all()

@@ -1,0 +1,438 @@
+"""Reads up to now: the lake and what has settled since, joined without a gap or a double; and streams that go on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pyarrow as pa
+import pytest
+
+from fraiseql_pipeline import connect, pipeline
+from fraiseql_pipeline.changelog import ChangeLog
+from fraiseql_pipeline.errors import FlightUnavailable, TicketError
+from fraiseql_pipeline.flight import follow as following_module
+from fraiseql_pipeline.flight.client import Client, Stream
+from fraiseql_pipeline.flight.server import FlightServer
+from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import Window, WindowSize, as_utc
+from tests.end_to_end.test_completeness import FastClock, publish
+from tests.support.reading import execute, insert
+from tests.support.writers import Writers
+
+HOUR = timedelta(hours=1)
+#: An hour that has ended, with the two before it.
+LAST = Window.holding(datetime.now(UTC) - HOUR, WindowSize.HOUR).start
+KEYS = ("pk", "timestamp", "event_id")
+
+
+class Followed:
+    """A server over a fresh lake that follows a change log, and everything a test does to the three."""
+
+    def __init__(self, url: str, settings: Settings, lake: Lake, server: FlightServer, client: Client, log: ChangeLog) -> None:
+        self.url, self.settings, self.lake, self.server, self.client, self.log = url, settings, lake, server, client, log
+
+    def write(self, at: datetime, rows: int = 1, **values: Any) -> list[int]:
+        return [insert(self.url, created_at=at + n * timedelta(milliseconds=1), **values) for n in range(rows)]
+
+    def materialize(self, *windows: datetime) -> None:
+        chosen = [Window(start, WindowSize.HOUR) for start in windows]
+        pipeline.materialize(chosen, settings=self.settings, changelog=self.log, lake=self.lake)
+
+    def reaches(self, pk: int) -> None:
+        """Wait until the server serves the events up to a key."""
+        live = self.server._service.live
+        assert live is not None
+        eventually(lambda: live.up and live.buffer.settled_pk >= pk)
+
+    def keys(self, start: datetime | str = LAST - 3 * HOUR, **asked: Any) -> list[int]:
+        return self.client.read(start=start, columns=KEYS, **asked)["pk"].to_pylist()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+@contextmanager
+def followed(url: str, lake: Lake, start_server: Callable[..., FlightServer], **chosen: Any) -> Iterator[Followed]:
+    settings = Settings(database_url=url, lake_uri=lake.uri, start=LAST - 48 * HOUR, seal_timeout_seconds=0)
+    server = start_server(lake, **{"database_url": url, "start": settings.start, **chosen})
+    log = ChangeLog(url, settings)
+    try:
+        with connect(server.url) as client:
+            made = Followed(url, settings, lake, server, client, log)
+            made.reaches(0)
+            yield made
+    finally:
+        log.close()
+
+
+@pytest.fixture
+def live(changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]) -> Iterator[Followed]:
+    with followed(changelog_url, lake, start_server) as made:
+        yield made
+
+
+def test_events_are_readable_when_they_have_settled_and_once_they_are_published(live: Followed) -> None:
+    old, new = live.write(LAST, 3), live.write(datetime.now(UTC), 2)
+    live.reaches(new[-1])
+    assert live.keys() == [*old, *new], "nothing is published yet"
+    live.materialize(LAST)
+    assert live.keys() == [*old, *new], "an hour came into the lake"
+    late = live.write(LAST + timedelta(minutes=1))
+    live.reaches(late[-1])
+    assert live.keys() == [*old, *late, *new], "a late event stands where its time is"
+    pipeline.merge_late(settings=live.settings, changelog=live.log, lake=live.lake)
+    assert live.keys() == [*old, *late, *new], "the late event came into the lake"
+
+
+def test_what_was_there_before_the_server_is_read_through(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    settings = Settings(database_url=changelog_url, lake_uri=lake.uri, start=LAST - 48 * HOUR, seal_timeout_seconds=0)
+    hours = [LAST - 2 * HOUR, LAST - HOUR, LAST]
+    pks = [insert(changelog_url, created_at=at) for at in hours]
+    log = ChangeLog(changelog_url, settings)
+    published = [Window(at, WindowSize.HOUR) for at in (hours[0], hours[2])]
+    pipeline.materialize(published, settings=settings, changelog=log, lake=lake)
+    late = insert(changelog_url, created_at=hours[0])
+    log.close()
+    with followed(changelog_url, lake, start_server) as live:
+        live.reaches(late)
+        assert live.keys() == [pks[0], late, *pks[1:]], "a hole and a late event"
+        assert live.keys(start=hours[0], end=hours[1]) == [pks[0], late]
+        assert live.client.info(start=hours[0]).missing_windows == 0
+
+
+def test_a_version_that_is_asked_for_holds_nothing_else(live: Followed) -> None:
+    old = live.write(LAST)
+    live.materialize(LAST)
+    live.reaches(live.write(datetime.now(UTC))[0])
+    version = live.client.info(start=LAST, end=LAST + HOUR).table_version
+    assert live.keys(start=LAST, table_version=version) == old
+
+
+def test_the_receipt_tells_how_far_it_reaches_and_the_next_ticket_goes_on_there(live: Followed) -> None:
+    first = live.write(LAST) + live.write(datetime.now(UTC))
+    live.reaches(first[-1])
+    with live.client.stream(start=LAST - HOUR, columns=KEYS) as stream:
+        assert stream.read_all()["pk"].to_pylist() == first
+    assert stream.receipt is not None
+    assert stream.receipt.settled_pk == first[-1]
+    assert stream.receipt.complete_through <= datetime.now(UTC)
+    behind = live.write(LAST) + live.write(datetime.now(UTC))
+    live.reaches(behind[-1])
+    assert live.client.read(stream.receipt.next_ticket)["pk"].to_pylist() == behind, "whatever their time"
+    assert live.client.read(stream.receipt.next_ticket).num_rows == 2
+
+
+def test_events_of_an_open_transaction_hold_back_what_was_written_after_them(live: Followed) -> None:
+    before = live.write(datetime.now(UTC))
+    live.reaches(before[-1])
+    with psycopg.connect(live.url) as slow:
+        (held,) = slow.execute(
+            "INSERT INTO core.tb_entity_change_log (object_type, modification_type, object_id, object_data)"
+            " VALUES ('Order', 'INSERT', gen_random_uuid(), '{}') RETURNING pk_entity_change_log"
+        ).fetchone() or (0,)
+        after = live.write(datetime.now(UTC))
+        assert live.keys() == before, "whether the one before it will be there is not settled"
+        slow.commit()
+    live.reaches(after[-1])
+    assert sorted(live.keys()) == [*before, held, *after]
+
+
+def test_a_lake_that_moves_on_while_a_view_is_made_takes_nothing_from_it(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = live.write(LAST, 2)
+    live.reaches(written[-1])
+    service = live.server._service.live
+    assert service is not None
+    files = service.buffer.files
+
+    def after_a_commit(floors: dict[int, int]) -> Any:
+        if not live.lake.published():
+            live.materialize(LAST)
+            assert service is not None
+            service._base()  # as another reader does: what the lake has leaves the buffer
+        return files(floors)
+
+    monkeypatch.setattr(service.buffer, "files", after_a_commit)
+    assert live.keys() == written
+
+
+def test_unsound_events_are_not_served(live: Followed) -> None:
+    sound = live.write(datetime.now(UTC))
+    unsound = live.write(datetime.now(UTC), object_id=None) + live.write(datetime.now(UTC), modification_type="WHAT")
+    live.reaches(unsound[-1])
+    assert live.keys() == sound
+
+
+def test_a_range_within_what_is_not_published_is_one_endpoint(live: Followed) -> None:
+    written = live.write(datetime.now(UTC))
+    live.reaches(written[-1])
+    for start in ("now-1s", "now-30m", "now-10h"):
+        ticket = json.dumps({"type": "events", "entity_type": "*", "start": start, "end": "now", "columns": list(KEYS)})
+        info = live.client._flight.get_flight_info(_command(ticket))
+        assert len(info.endpoints) == 1
+        assert live.client._flight.do_get(info.endpoints[0].ticket).read_all()["pk"].to_pylist() == written
+
+
+def test_endpoints_together_hold_what_one_stream_does(live: Followed) -> None:
+    old = live.write(LAST, 2)
+    live.materialize(LAST)
+    new = live.write(datetime.now(UTC), 2)
+    live.reaches(new[-1])
+    ticket = json.dumps({"type": "events", "entity_type": "*", "start": LAST.isoformat(), "end": "now", "columns": list(KEYS)})
+    info = live.client._flight.get_flight_info(_command(ticket))
+    assert len(info.endpoints) == 2, "what is in the lake, and what is not"
+    parts = [live.client._flight.do_get(endpoint.ticket).read_all()["pk"].to_pylist() for endpoint in info.endpoints]
+    assert parts == [old, new]
+    live.materialize(LAST)
+    late = live.write(LAST)
+    live.reaches(late[-1])
+    assert [live.client._flight.do_get(e.ticket).read_all()["pk"].to_pylist() for e in info.endpoints] == [old, new], "pinned"
+
+
+def test_without_its_database_the_server_serves_the_lake_and_says_so(live: Followed, postgres: str) -> None:
+    old = live.write(LAST)
+    live.materialize(LAST)
+    live.reaches(live.write(datetime.now(UTC))[0])
+    name = psycopg.conninfo.conninfo_to_dict(live.url)["dbname"]
+    live.log.close()
+    execute(postgres, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+    try:
+        execute(postgres, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", name)
+        service = live.server._service.live
+        assert service is not None
+        eventually(lambda: not service.up)
+        with live.client.stream(start=LAST, columns=KEYS) as stream:
+            assert stream.read_all()["pk"].to_pylist() == old
+        assert stream.receipt is not None
+        assert stream.receipt.complete_through == LAST + HOUR
+        with pytest.raises(FlightUnavailable, match="cannot be followed right now"):
+            live.client.read(start="now", follow=True)
+    finally:
+        execute(postgres, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+    written = live.write(datetime.now(UTC))
+    live.reaches(written[-1])
+    assert live.keys()[-1] == written[-1], "it found its way back"
+
+
+# --------------------------------------------------------------------------------------------------------------- follow
+
+
+class Follower:
+    """Reads a stream that goes on, on a thread."""
+
+    def __init__(self, client: Client, **asked: Any) -> None:
+        self.stream: Stream = client.stream(**{"start": "now", "columns": KEYS, "follow": True, **asked})
+        self.batches: list[pa.RecordBatch] = []
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    @property
+    def keys(self) -> list[int]:
+        return [pk for batch in self.batches for pk in batch["pk"].to_pylist()]
+
+    def _read(self) -> None:
+        try:
+            self.batches.extend(self.stream)
+        except Exception as error:
+            self.error = error
+
+    def ended(self) -> None:
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+def test_a_follower_gets_the_past_and_then_every_event_as_it_settles(live: Followed) -> None:
+    past = live.write(LAST, 2)
+    live.materialize(LAST)
+    past += live.write(datetime.now(UTC))
+    live.reaches(past[-1])
+    one = Follower(live.client, start=LAST - HOUR)
+    eventually(lambda: one.keys == past)
+    late = live.write(LAST)
+    eventually(lambda: one.keys == [*past, *late])
+    now = live.write(datetime.now(UTC), 5)
+    eventually(lambda: one.keys == [*past, *late, *now])
+    eventually(lambda: one.stream.settled_pk == now[-1])
+    live.server.stop(5)
+    one.ended()
+    assert one.error is None
+    assert one.stream.receipt is not None
+    assert one.stream.receipt.rows == len(one.keys)
+    assert one.stream.receipt.settled_pk == now[-1]
+
+
+@pytest.mark.parametrize("profile", ["plain", "compact+zstd", "compact+lz4"])
+def test_followers_get_only_what_they_asked_for(live: Followed, profile: str) -> None:
+    with connect(live.server.url, profile=profile) as client:
+        orders = Follower(client, entity_types=["Order"], columns=["pk", "entity_type", "event_id", "org_id"])
+        few = Follower(client, limit=2)
+        live.write(datetime.now(UTC), object_type="User")
+        wanted = live.write(datetime.now(UTC), 3)
+        live.write(LAST, object_type="Order")  # before its start
+        eventually(lambda: orders.keys == wanted)
+        few.ended()
+        assert few.error is None
+        assert len(few.keys) == 2
+        orders.stream.close()
+        orders.ended()
+
+
+def test_a_follower_that_was_cut_goes_on_where_it_was(live: Followed) -> None:
+    first = Follower(live.client)
+    written = live.write(datetime.now(UTC), 2)
+    eventually(lambda: first.stream.settled_pk == written[-1])
+    assert first.keys == written
+    first.stream.close()
+    first.ended()
+    missed = live.write(datetime.now(UTC), 3)
+    second = Follower(live.client, start=LAST, after_pk=first.stream.settled_pk)
+    eventually(lambda: second.keys == missed)
+    second.stream.close()
+    second.ended()
+
+
+def test_a_follower_that_fell_behind_reads_what_it_missed(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fraiseql_pipeline.flight import rounds
+
+    monkeypatch.setattr(rounds, "ROUNDS_BYTES", 0)  # one round is kept
+    gate = threading.Event()
+    gate.set()
+    turn = following_module._turn
+
+    def held_up(*arguments: Any) -> Iterator[bytes]:
+        gate.wait(30)
+        return turn(*arguments)
+
+    monkeypatch.setattr(following_module, "_turn", held_up)
+    one = Follower(live.client)
+    written = live.write(datetime.now(UTC))
+    eventually(lambda: one.keys == written)
+    gate.clear()
+    for _ in range(3):
+        written += live.write(datetime.now(UTC))
+        live.reaches(written[-1])
+    gate.set()
+    eventually(lambda: one.keys == written)
+    one.stream.close()
+    one.ended()
+
+
+def test_a_stream_that_follows_ends_with_its_receipt_before_its_time_is_over(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with followed(changelog_url, lake, start_server, arrow_flight_max_stream_seconds=1.0) as live:
+        one = Follower(live.client)
+        one.ended()
+        assert one.error is None
+        assert one.stream.receipt is not None
+        assert one.stream.receipt.next_ticket is not None
+        assert '"follow":true' in one.stream.receipt.next_ticket
+
+
+def test_a_stream_can_follow_up_to_a_time(live: Followed) -> None:
+    end = datetime.now(UTC) + timedelta(seconds=1)
+    one = Follower(live.client, end=end)
+    inside, outside = live.write(datetime.now(UTC)), live.write(end)
+    one.ended()
+    assert one.error is None
+    assert one.keys == inside
+    assert outside
+
+
+@pytest.mark.parametrize("asked", [{"end": "now-1h", "start": "now-2h"}, {"table_version": 0}])
+def test_what_cannot_be_followed_is_refused(live: Followed, asked: dict[str, Any]) -> None:
+    with pytest.raises(TicketError, match='with "follow" must end now or later, and name no "table_version"'):
+        live.client.read(**{"start": "now-1h", "follow": True, **asked})
+
+
+def test_a_server_without_a_change_log_does_not_follow(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    with connect(start_server(lake).url) as client, pytest.raises(TicketError, match="FRAISEQL_DATABASE_URL"):
+        client.read(start="now", follow=True)
+
+
+def test_what_is_shown_of_following_moves(live: Followed) -> None:
+    def shown() -> dict[str, float]:
+        found = live.server.metrics.registry.collect()
+        return {sample.name: sample.value for metric in found for sample in metric.samples if "_live_" in sample.name}
+
+    live.reaches(live.write(datetime.now(UTC), 2)[-1])
+    eventually(lambda: shown()["fraiseql_pipeline_live_rows"] == 2)
+    assert shown()["fraiseql_pipeline_live_up"] == 1
+    began = shown()["fraiseql_pipeline_live_settled_timestamp_seconds"]
+    eventually(lambda: shown()["fraiseql_pipeline_live_settled_timestamp_seconds"] > began)
+    live.client.read(start="now-1h")
+
+
+# ---------------------------------------------------------------------------------------------------------- completeness
+
+
+@pytest.mark.timeout(0)
+def test_every_read_up_to_now_holds_every_settled_event_once(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer], run_seconds: float
+) -> None:
+    clock = FastClock(changelog_url, run_seconds)
+    start = clock._base - 24 * HOUR
+    settings = Settings(database_url=changelog_url, lake_uri=lake.uri, start=start, seal_timeout_seconds=0, max_rejected_share=1)
+    server = start_server(lake, database_url=changelog_url, start=start)
+    log = ChangeLog(changelog_url, settings)
+    reads: list[tuple[int, Counter[int]]] = []
+    with connect(server.url) as client:
+        service = server._service.live
+        assert service is not None
+        eventually(lambda: service.up)
+        one = Follower(client, start=start)
+        with Writers(changelog_url, sessions=8) as writers:
+            until = time.monotonic() + run_seconds
+            published = threading.Thread(target=lambda: _publish_until(until, clock, settings, log, lake))
+            published.start()
+            while time.monotonic() < until:
+                with client.stream(start=start, columns=["pk"]) as stream:
+                    found = Counter(stream.read_all()["pk"].to_pylist())
+                assert stream.receipt is not None
+                assert stream.receipt.settled_pk is not None
+                reads.append((stream.receipt.settled_pk, found))
+                writers.run_for(0.05)
+            published.join()
+        sound = {
+            pk: as_utc(at)
+            for pk, at in execute(
+                changelog_url, "SELECT pk_entity_change_log, created_at FROM core.tb_entity_change_log WHERE object_id IS NOT NULL"
+            )
+        }
+        newest = max(sound)
+        eventually(lambda: service.buffer.settled_pk >= newest)
+        eventually(lambda: len(one.keys) >= len(sound))
+        one.stream.close()
+        one.ended()
+    log.close()
+    assert len(reads) > 3
+    for settled_pk, found in reads:
+        assert found == Counter(pk for pk, at in sound.items() if pk <= settled_pk and at >= start)
+    assert Counter(one.keys) == Counter(sound.keys())
+    assert lake.published(), "windows were published meanwhile"
+
+
+def _publish_until(until: float, clock: FastClock, settings: Settings, log: ChangeLog, lake: Lake) -> None:
+    while time.monotonic() < until:
+        publish(clock, settings, log, lake)
+
+
+def _command(ticket: str) -> Any:
+    from pyarrow import flight
+
+    return flight.FlightDescriptor.for_command(ticket.encode())

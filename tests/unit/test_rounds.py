@@ -1,0 +1,83 @@
+"""Rounds: what followers get is theirs alone, encoded once, and of a bounded past."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from fraiseql_pipeline.encoding import Encoding, stream_schema
+from fraiseql_pipeline.event import LAKE_SCHEMA
+from fraiseql_pipeline.flight import rounds as module
+from fraiseql_pipeline.flight.rounds import Round, Rounds
+from fraiseql_pipeline.flight.segment import Filter
+from fraiseql_pipeline.window import Window, WindowSize
+from tests.support.events import TENANTS, lake_events
+
+WINDOW = Window(datetime(2026, 11, 1, tzinfo=UTC), WindowSize.HOUR)
+EVER = (-1 << 62, 1 << 62)
+CANARY = "canary-of-another-tenant"
+
+
+def batch(rows: int = 500) -> pa.RecordBatch:
+    return lake_events(WINDOW, rows).combine_chunks().to_batches()[0]
+
+
+@pytest.mark.parametrize("encoding", [Encoding("plain", "none"), Encoding("compact", "none")])
+def test_no_byte_of_another_tenant_is_in_any_message(encoding: Encoding) -> None:
+    events = batch()
+    foreign = pc.fill_null(pc.not_equal(events["org_id"], TENANTS[0]), True)
+    for name in ("data", "user_id", "entity_type", "actor_type", "acting_for", "trace_id", "org_id"):
+        at = LAKE_SCHEMA.get_field_index(name)
+        events = events.set_column(at, LAKE_SCHEMA.field(name), pc.if_else(foreign, f"{CANARY}-{name}", events[name]))
+    schema = stream_schema(LAKE_SCHEMA.names, encoding)
+    kept = Round(0, 500, (events,)).entry(schema, encoding, Filter(org_id=TENANTS[0]), EVER, 1_000)
+    messages = b"".join(kept.read(item) for item in kept.items())
+    assert sum(item.rows for item in kept.items()) == pc.sum(pc.invert(foreign)).as_py() > 0
+    assert CANARY.encode() not in messages
+
+
+def test_what_is_asked_for_twice_is_encoded_once() -> None:
+    one, encoding = Round(0, 500, (batch(),)), Encoding("compact", "zstd")
+    schema = stream_schema((), encoding)
+    assert one.entry(schema, encoding, Filter(), EVER, 1_000) is one.entry(schema, encoding, Filter(), EVER, 1_000)
+    assert one.entry(schema, encoding, Filter(("Order",)), EVER, 1_000) is not one.entry(schema, encoding, Filter(), EVER, 1_000)
+
+
+def test_times_cut_through_a_round() -> None:
+    events, encoding = batch(), Encoding()
+    at = events["timestamp"].cast(pa.int64())
+    times = (at[100].as_py(), at[200].as_py())
+    kept = Round(0, 500, (events,)).entry(stream_schema((), encoding), encoding, Filter(), times, 1_000)
+    inside = pc.and_(pc.greater_equal(at, times[0]), pc.less(at, times[1]))
+    assert sum(item.rows for item in kept.items()) == pc.sum(inside).as_py()
+
+
+def test_rounds_follow_each_other_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROUNDS_BYTES", 3 * batch(10).nbytes)
+    rounds = Rounds()
+    rounds.begin(7)
+    assert rounds.above(7, 0) == []
+    for upto in (10, 12, 20, 21, 30):
+        rounds.add(upto, [batch(10)])
+    rounds.add(35, [])  # keys of nothing that is sound
+    kept = rounds.above(12, 0)
+    assert kept is not None
+    assert [(one.after_pk, one.upto_pk) for one in kept] == [(12, 20), (20, 21), (21, 30)]
+    assert rounds.above(7, 0) is None, "gone: to be read as a view"
+    assert rounds.above(30, 0) == []
+
+
+def test_a_new_beginning_wakes_who_waits() -> None:
+    rounds = Rounds()
+    rounds.begin(7)
+    epoch = rounds.epoch
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(rounds.above, 7, 300)
+        while not waiting.done():
+            rounds.begin(3)
+        assert waiting.result() == []
+    assert rounds.epoch != epoch
