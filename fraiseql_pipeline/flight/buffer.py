@@ -17,6 +17,7 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import Counter
@@ -38,6 +39,8 @@ from fraiseql_pipeline.flight.view import to_instant
 from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
 from fraiseql_pipeline.validate import Validator
 from fraiseql_pipeline.window import Window, WindowSize
+
+_log = logging.getLogger(__name__)
 
 HOUR_US = 3_600_000_000
 
@@ -173,7 +176,12 @@ class Buffer:
             self.settled_pk = batch.column("pk")[-1].as_py()
             full = [self._hours[number] for number, _ in taken if self._hours[number].head_bytes > HEAD_BYTES]
         for hour in full:
-            self._flush(hour)
+            try:
+                self._flush(hour)
+            except OSError as error:  # the disk is full, or gone: readers get this hour from Postgres
+                _log.warning("an hour of live events is given up, its file cannot be written: %s", error.strerror or "I/O error")
+                with self._lock:
+                    self._hours[hour.number] = _Hour(hour.number, self.settled_pk)
         return [accepted for _, accepted in taken]
 
     def missing(self, number: int, above_pk: int) -> int | None:

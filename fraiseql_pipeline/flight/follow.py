@@ -63,9 +63,10 @@ def follow(
             found = live.rounds.above(pk, max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic())))
             if found is None:
                 break
-            for one in found:
+            rounds, pk = found
+            for one in rounds:
                 yield from _told(_turn(one, decided, sender), one.upto_pk)
-                pk, said = one.upto_pk, time.monotonic()
+                said = time.monotonic()
             if time.monotonic() - said > HEARTBEAT_SECONDS:
                 said = time.monotonic()
                 yield from receipt_frames(decided.stream_schema, _note(pk), first=True)

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
@@ -40,6 +40,8 @@ _TELL_SECONDS = 1.0
 
 #: Hours that one view may fill: each costs some queries. More of them wait for a materialization.
 _MAX_FILLED = 2_000
+#: What is read through when following begins, so that the first reader of the newest events need not wait for it.
+_FILLED_AHEAD = timedelta(days=1)
 #: How long a reader waits for the buffer to be where the lake is already; nearly always one look.
 _CATCH_UP_SECONDS = 10.0
 #: A view is decided again when the lake has moved on meanwhile; it does so about once a minute.
@@ -122,6 +124,7 @@ class Live:
                 self._identity, self._checked, self._first_event = tail.identity, {}, None
                 self._proved_pk = 0
             self._changelog, self._problem = changelog, ""
+            threading.Thread(target=self._fill_ahead, name="live-fill", daemon=True).start()
             _log.info("live events are followed from key %d", self.buffer.settled_pk)
             told = 0.0
             while not self._ended.is_set():
@@ -136,14 +139,26 @@ class Live:
                     if not self._is_wanted_elsewhere():
                         _log.warning("live events wait: %s", error)
 
+    def _fill_ahead(self) -> None:
+        """Have the hours that the lake has not yet, before somebody asks: those of the last day at most."""
+        now = self.buffer.settled_at
+        try:
+            self.view(
+                Ticket(start=max(now - _FILLED_AHEAD, self._settings.first_window or datetime.min.replace(tzinfo=UTC)), end=now)
+            )
+        except PipelineError as error:
+            _log.info("nothing is read ahead: %s", error)
+
     def _is_wanted_elsewhere(self) -> bool:
         return self._ended.is_set() or self._proved_pk > self.buffer.settled_pk
 
     def _take(self, tail: Tail, settled_pk: int, at: datetime) -> None:
         if settled_pk > self.buffer.settled_pk:
             for batch in tail.read(self.buffer.settled_pk, settled_pk):
+                after_pk = self.buffer.settled_pk
                 accepted = self.buffer.absorb(batch)
-                self.rounds.add(self.buffer.settled_pk, accepted)
+                self.rounds.add(after_pk, self.buffer.settled_pk, accepted)
+            self.rounds.add(self.buffer.settled_pk, settled_pk, ())
         self.buffer.reached(settled_pk, at)
         with self._moved:
             self._moved.notify_all()

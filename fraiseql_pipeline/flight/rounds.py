@@ -47,9 +47,8 @@ class Kept:
 
 @dataclass(eq=False)
 class Round:
-    """Events that settled together, ``after_pk < pk <= upto_pk``: batches of ``LAKE_SCHEMA``, (timestamp, pk) rising over all."""
+    """Events that settled together, up to a key: batches of ``LAKE_SCHEMA``, (timestamp, pk) rising over all."""
 
-    after_pk: int
     upto_pk: int
     batches: tuple[pa.RecordBatch, ...]
     _kept: dict[object, Kept] = field(default_factory=dict)
@@ -88,15 +87,15 @@ class Round:
 
 
 class Rounds:
-    """The last rounds. ``add`` is called by one thread, ``above`` by any."""
+    """The last rounds. ``begin`` and ``add`` are called by one thread, ``above`` by any."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._rounds: deque[Round] = deque()
         self._bytes = 0
-        self._upto_pk = 0
+        #: Every event above the first and up to the second is in a round.
+        self._after_pk = self._upto_pk = 0
         self._epoch = 0
-        self._closed = False
 
     @property
     def epoch(self) -> int:
@@ -106,36 +105,48 @@ class Rounds:
     def begin(self, settled_pk: int) -> None:
         """Forget everything: keys begin anew here."""
         with self._changed:
-            self._rounds.clear()
-            self._bytes = 0
-            self._upto_pk = settled_pk
+            self._forget(settled_pk)
             self._epoch += 1
             self._changed.notify_all()
 
-    def add(self, upto_pk: int, batches: Sequence[pa.RecordBatch]) -> None:
-        """The events up to the next key."""
+    def add(self, after_pk: int, upto_pk: int, batches: Sequence[pa.RecordBatch]) -> None:
+        """All events with ``after_pk < pk <= upto_pk``, if there are any. What came before is forgotten unless this follows it."""
         with self._changed:
+            if after_pk != self._upto_pk:
+                self._forget(after_pk)
+            if upto_pk == self._upto_pk:
+                return
+            self._upto_pk = upto_pk
             if batches:
-                self._rounds.append(Round(self._upto_pk, upto_pk, tuple(batches)))
+                self._rounds.append(Round(upto_pk, tuple(batches)))
                 self._bytes += self._rounds[-1].bytes
-                self._upto_pk = upto_pk
             while self._bytes > ROUNDS_BYTES and len(self._rounds) > 1:
-                self._bytes -= self._rounds.popleft().bytes
+                gone = self._rounds.popleft()
+                self._after_pk = gone.upto_pk
+                self._bytes -= gone.bytes
             self._changed.notify_all()
 
-    def above(self, pk: int, seconds: float) -> list[Round] | None:
-        """The rounds above a key, if there are none after waiting so long for one; None: events above the key are not kept here any more."""
+    def above(self, pk: int, seconds: float) -> tuple[list[Round], int] | None:
+        """The rounds with the events above a key, and the key they reach; waits so long if there is nothing yet.
+
+        None: some of these events are not here any more.
+        """
         with self._changed:
             epoch = self._epoch
             self._changed.wait_for(lambda: self._upto_pk > pk or self._epoch != epoch, seconds)
             if self._upto_pk <= pk:
-                return []
-            if not self._rounds or self._rounds[0].after_pk > pk:
+                return [], pk
+            if pk < self._after_pk:
                 return None
-            return [one for one in self._rounds if one.upto_pk > pk]
+            return [one for one in self._rounds if one.upto_pk > pk], self._upto_pk
 
     def close(self) -> None:
         """Nothing comes any more."""
         with self._changed:
             self._epoch += 1
             self._changed.notify_all()
+
+    def _forget(self, pk: int) -> None:
+        self._rounds.clear()
+        self._bytes = 0
+        self._after_pk = self._upto_pk = pk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 from collections import Counter
@@ -161,6 +162,18 @@ def test_files_are_on_the_disk_as_long_as_somebody_holds_them(buffer: Buffer, tm
     del files
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_costs_the_hour_and_not_the_server(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_file", full)
+        assert sum(one.num_rows for one in buffer.absorb(events([(0, i) for i in range(200)]))) == 200
+    assert buffer.missing(FIRST, 0) == 200
+    buffer.fill(FIRST, 0, 200, [events([(0, i) for i in range(200)])])
+    assert len(held(buffer, {FIRST: 0})) == 200
 
 
 def test_unsound_events_are_left_out(buffer: Buffer) -> None:

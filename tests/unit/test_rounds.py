@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,14 +35,14 @@ def test_no_byte_of_another_tenant_is_in_any_message(encoding: Encoding) -> None
         at = LAKE_SCHEMA.get_field_index(name)
         events = events.set_column(at, LAKE_SCHEMA.field(name), pc.if_else(foreign, f"{CANARY}-{name}", events[name]))
     schema = stream_schema(LAKE_SCHEMA.names, encoding)
-    kept = Round(0, 500, (events,)).entry(schema, encoding, Filter(org_id=TENANTS[0]), EVER, 1_000)
+    kept = Round(500, (events,)).entry(schema, encoding, Filter(org_id=TENANTS[0]), EVER, 1_000)
     messages = b"".join(kept.read(item) for item in kept.items())
     assert sum(item.rows for item in kept.items()) == pc.sum(pc.invert(foreign)).as_py() > 0
     assert CANARY.encode() not in messages
 
 
 def test_what_is_asked_for_twice_is_encoded_once() -> None:
-    one, encoding = Round(0, 500, (batch(),)), Encoding("compact", "zstd")
+    one, encoding = Round(500, (batch(),)), Encoding("compact", "zstd")
     schema = stream_schema((), encoding)
     assert one.entry(schema, encoding, Filter(), EVER, 1_000) is one.entry(schema, encoding, Filter(), EVER, 1_000)
     assert one.entry(schema, encoding, Filter(("Order",)), EVER, 1_000) is not one.entry(schema, encoding, Filter(), EVER, 1_000)
@@ -51,7 +52,7 @@ def test_times_cut_through_a_round() -> None:
     events, encoding = batch(), Encoding()
     at = events["timestamp"].cast(pa.int64())
     times = (at[100].as_py(), at[200].as_py())
-    kept = Round(0, 500, (events,)).entry(stream_schema((), encoding), encoding, Filter(), times, 1_000)
+    kept = Round(500, (events,)).entry(stream_schema((), encoding), encoding, Filter(), times, 1_000)
     inside = pc.and_(pc.greater_equal(at, times[0]), pc.less(at, times[1]))
     assert sum(item.rows for item in kept.items()) == pc.sum(inside).as_py()
 
@@ -60,15 +61,28 @@ def test_rounds_follow_each_other_and_the_oldest_go_first(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "ROUNDS_BYTES", 3 * batch(10).nbytes)
     rounds = Rounds()
     rounds.begin(7)
-    assert rounds.above(7, 0) == []
-    for upto in (10, 12, 20, 21, 30):
-        rounds.add(upto, [batch(10)])
-    rounds.add(35, [])  # keys of nothing that is sound
+    assert rounds.above(7, 0) == ([], 7)
+    for after, upto in pairwise((7, 10, 12, 20, 21, 30)):
+        rounds.add(after, upto, [batch(10)])
+    rounds.add(30, 35, [])  # keys of nothing that is sound
     kept = rounds.above(12, 0)
     assert kept is not None
-    assert [(one.after_pk, one.upto_pk) for one in kept] == [(12, 20), (20, 21), (21, 30)]
-    assert rounds.above(7, 0) is None, "gone: to be read as a view"
-    assert rounds.above(30, 0) == []
+    assert [one.upto_pk for one in kept[0]] == [20, 21, 30]
+    assert kept[1] == 35
+    assert rounds.above(11, 0) is None, "gone: to be read as a view"
+    assert rounds.above(30, 0) == ([], 35)
+
+
+def test_what_does_not_follow_is_no_round_of_those_before() -> None:
+    rounds = Rounds()
+    rounds.begin(7)
+    rounds.add(7, 10, [batch(10)])
+    rounds.add(12, 20, [batch(10)])  # what was between was lost on its way here
+    assert rounds.above(7, 0) is None
+    assert rounds.above(10, 0) is None
+    kept = rounds.above(12, 0)
+    assert kept is not None
+    assert [one.upto_pk for one in kept[0]] == [20]
 
 
 def test_a_new_beginning_wakes_who_waits() -> None:
@@ -79,5 +93,5 @@ def test_a_new_beginning_wakes_who_waits() -> None:
         waiting = pool.submit(rounds.above, 7, 300)
         while not waiting.done():
             rounds.begin(3)
-        assert waiting.result() == []
+        assert waiting.result() == ([], 7)
     assert rounds.epoch != epoch

@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,19 +29,53 @@ with serve(Settings()) as server:
 """
 
 
+@contextmanager
+def served(lake_uri: str, directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its URL."""
+    environment = os.environ | {
+        "FRAISEQL_LAKE_URI": lake_uri,
+        "FRAISEQL_START": MIDNIGHT.isoformat(),
+        "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
+        "FRAISEQL_ARROW_FLIGHT_CACHE_DIR": str(directory / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server, f"grpc://127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.kill()
+
+
+def private_mib(pid: int) -> float:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+def open_frames(pid: int) -> int:
+    """Files of kept frames that a process has open; the lock of their directory is none."""
+    found = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = str(descriptor.readlink())
+        except OSError:  # just closed
+            continue
+        found += "fraiseql-frames-" in target and not target.endswith("/lock")
+    return found
+
+
 class Peak:
     """The most private memory, in MiB, that a process had while the block ran."""
 
     def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
+        self._pid = pid
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self.mib = 0.0
 
     def _watch(self) -> None:
         while not self._ended.wait(0.005):
-            line = next(line for line in self._status.read_text().splitlines() if line.startswith("RssAnon"))
-            self.mib = max(self.mib, int(line.split()[1]) / 1024)
+            self.mib = max(self.mib, private_mib(self._pid))
 
     def __enter__(self) -> Peak:
         self._thread.start()
@@ -50,35 +87,45 @@ class Peak:
 
 
 @pytest.mark.slow
+def test_streams_that_are_abandoned_give_their_memory_back(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    publish(lake, hour(0), lake_events(hour(0), ROWS))
+    ticket = flight.Ticket(f"events:*:{hour(0).start.isoformat()}:{hour(0).end.isoformat()}:1000".encode())
+    with served(lake.uri, tmp_path) as (server, url):
+
+        def abandon(streams: int) -> float:
+            """Private memory when so many streams were begun, and left in the middle."""
+            for _ in range(streams):
+                with flight.connect(url) as client:
+                    client.do_get(ticket).read_chunk()  # the connection ends with the block, not the stream
+            deadline = time.monotonic() + 5
+            while open_frames(server.pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert open_frames(server.pid) == 0, "files of streams that nobody reads"
+            return private_mib(server.pid)
+
+        first = abandon(20)
+        assert abandon(60) <= first + 30, "of 60 streams, each of which may hold some frames of 0.5 MB"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_a_first_read_of_many_windows_needs_no_more_memory_than_one_of_a_few(tmp_path: Path, codec: str) -> None:
     lake = Lake(str(tmp_path / "lake"))
     for number in range(WINDOWS):
         publish(lake, hour(number), lake_events(hour(number), ROWS))
-    environment = os.environ | {
-        "FRAISEQL_LAKE_URI": lake.uri,
-        "FRAISEQL_START": MIDNIGHT.isoformat(),
-        "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
-        "FRAISEQL_ARROW_FLIGHT_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-    }
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            with flight.connect(f"grpc://127.0.0.1:{int(server.stdout.readline())}") as client:
+    with served(lake.uri, tmp_path) as (server, url), flight.connect(url) as client:
 
-                def read(first: int, last: int) -> float:
-                    ticket = f'{{"type": "events", "entity_type": "*", "codec": "{codec}", "start": "{hour(first).start.isoformat()}", "end": "{hour(last).end.isoformat()}"}}'
-                    with Peak(server.pid) as peak:
-                        rows = sum(c.data.num_rows for c in client.do_get(flight.Ticket(ticket)) if c.data is not None)
-                    assert rows == ROWS * (last - first + 1)
-                    return peak.mib
+        def read(first: int, last: int) -> float:
+            ticket = f'{{"type": "events", "entity_type": "*", "codec": "{codec}", "start": "{hour(first).start.isoformat()}", "end": "{hour(last).end.isoformat()}"}}'
+            with Peak(server.pid) as peak:
+                rows = sum(c.data.num_rows for c in client.do_get(flight.Ticket(ticket)) if c.data is not None)
+            assert rows == ROWS * (last - first + 1)
+            return peak.mib
 
-                few = read(0, 1)
-                many = read(2, WINDOWS - 1)
-                again = read(0, WINDOWS - 1)
-        finally:
-            server.kill()
+        few = read(0, 1)
+        many = read(2, WINDOWS - 1)
+        again = read(0, WINDOWS - 1)
     print(
         f"private memory at its peak, MiB: {few:.0f} for 2 windows, {many:.0f} for {WINDOWS - 2}, {again:.0f} for all from the store"
     )

@@ -296,6 +296,20 @@ def test_no_worker_outlives_its_supervisor(start: Start) -> None:
 
 
 @pytest.mark.slow
+def test_workers_killed_in_the_middle_of_a_stream_give_their_clients_an_error_and_are_replaced(start: Start) -> None:
+    process, url, _ = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2")
+    with connect(url) as client, client.stream(HELD) as stream:
+        next(stream)
+        killed = workers_of(process)
+        for worker in killed:
+            worker.kill()
+        with pytest.raises(FlightUnavailable):
+            stream.read_all()
+    eventually(lambda: read_or_none(url) == ROWS)
+    assert not {worker.pid for worker in killed} & {worker.pid for worker in workers_of(process)}
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_the_workers_at_once(start: Start) -> None:
     process, url, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2", FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="3600")
     with flight.connect(url) as client:

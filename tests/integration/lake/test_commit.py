@@ -12,6 +12,7 @@ from deltalake import DeltaTable
 
 from fraiseql_pipeline.errors import LakeConflict, LakeDamaged, LakeError, WindowShrinks
 from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake.storage import LocalStorage
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
 from tests.support.lakes import PK, assert_plain_protocol, content, publish, quarantine_events, rejected
@@ -300,6 +301,28 @@ def test_the_commit_is_found_after_checkpoints_by_one_lookup(lake: Lake) -> None
     for hour, commit in fresh.published().items():
         assert opened.transaction_version(f"fraiseql/events/{hour.key}") == commit.table_version
     assert_plain_protocol(lake)
+
+
+def test_how_far_the_source_had_settled_is_told_by_the_latest_commits(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lake.newest() is None
+    windows = [Window(HOUR.start + timedelta(hours=n), HOUR.size) for n in range(63)]
+    for number, window in enumerate(windows):
+        publish(lake, window, 0, settled_pk=PK + number)
+    publish(lake, windows[1], 0, settled_pk=PK + 70, force=True)  # a run side by side, and the last commit
+    publish(lake, windows[2], 0, settled_pk=PK + 5, force=True)
+    entries: list[str] = []
+    read = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda storage, name: entries.append(name) or read(storage, name))
+
+    fresh = Lake(lake.uri)
+    newest = fresh.newest()
+    assert newest is not None
+    assert newest.settled_pk == PK + 70
+    assert len([name for name in entries if name.endswith(".json")]) < 60
+    assert lake.newest() == Lake(lake.uri).newest()
+    again = fresh.events.window(windows[1])  # not hidden by an older entry of the same window
+    assert again is not None
+    assert again.settled_pk == PK + 70
 
 
 def test_the_commit_states_its_facts_in_the_history(lake: Lake) -> None:
