@@ -1,7 +1,7 @@
 """The live buffer: settled events that may not be in the lake yet, as files like the lake's own on local disk.
 
-What lives here: ``Buffer``: taking events in by hours, keeping their files few and within bounds, handing them out. What must not: Postgres and
-threads (``live.py``), what is in the lake, tickets.
+What lives here: ``Buffer``: taking events in by hours, keeping their files few and within bounds, handing them out. What must not: how a file
+is written and opened (``held.py``), Postgres and threads (``live.py``), what is in the lake, tickets.
 
 Because they are files like the lake's, everything that serves the lake serves them: order, filters, tenants, kept frames. In memory is only
 the head of each hour, the events that came last: up to ``HEAD_BYTES``.
@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import count, pairwise
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -34,15 +32,11 @@ import pyarrow.compute as pc
 
 from fraiseql_pipeline.errors import TicketError
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
+from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
 from fraiseql_pipeline.flight.segment import units
-from fraiseql_pipeline.flight.view import to_instant
-from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
 from fraiseql_pipeline.validate import Validator
-from fraiseql_pipeline.window import Window, WindowSize
 
 _log = logging.getLogger(__name__)
-
-HOUR_US = 3_600_000_000
 
 #: Arrow bytes of an hour's head. Half of it is written when it is full; a reader of the newest events waits for a file of what is left,
 #: 10 ms for 10,000 events.
@@ -53,32 +47,6 @@ _HEAD_BATCHES = 64
 FILE_ROWS = 65_536
 #: So many small files of an hour that follow each other are merged into one.
 _MERGED_FILES = 8
-
-#: How the buffer's files are told from the lake's.
-_PREFIX = "live/"
-
-
-class _OnDisk:
-    """A file that is removed when nobody holds this object any more."""
-
-    def __init__(self, path: Path) -> None:
-        weakref.finalize(self, _remove, path)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """One file of the buffer: some events of one hour, in (timestamp, pk) order."""
-
-    hour: int
-    file: File
-    low_pk: int
-    high_pk: int
-    disk: _OnDisk = field(repr=False)
 
 
 @dataclass(eq=False)
@@ -112,29 +80,12 @@ class _Hour:
         self.head, self.head_number, self.written = head, self.head_number + 1, None
 
 
-class Storage:
-    """Opens the buffer's files and, for every other name, the lake's."""
-
-    def __init__(self, lake: Opens, directory: Callable[[], Path]) -> None:
-        self._lake = lake
-        self._directory = directory
-
-    def open(self, name: str) -> pa.NativeFile:
-        if name.startswith(_PREFIX):
-            return pa.memory_map(str(self._directory() / name.removeprefix(_PREFIX)))
-        return self._lake.open(name)
-
-
 class Buffer:
-    """Events by hours since 1970. ``absorb`` and ``reached`` are called by one thread, everything else by any.
+    """Events by hours since 1970. ``absorb`` and ``reached`` are called by one thread, everything else by any."""
 
-    ``directory`` gives the place of the files; it exists.
-    """
-
-    def __init__(self, directory: Callable[[], Path], max_bytes: int) -> None:
-        self._directory = directory
+    def __init__(self, files: HeldFiles, max_bytes: int) -> None:
+        self._files = files
         self._max_bytes = max_bytes
-        self._numbers = count()
         self._lock = threading.RLock()
         self._writing = threading.Lock()
         self._hours: dict[int, _Hour] = {}
@@ -142,7 +93,6 @@ class Buffer:
         self.started_pk = 0
         self.settled_pk = 0
         self.settled_at = datetime.min.replace(tzinfo=UTC)
-        self.storage: Opens = Storage(_NoFiles(), directory)
 
     def begin(self, settled_pk: int, at: datetime) -> None:
         """Forget everything; from here on the events above ``settled_pk`` will be taken in."""
@@ -198,27 +148,13 @@ class Buffer:
         """
         files: list[Held] = []
         validator = Validator(window_of(number))
-        waiting: list[pa.RecordBatch] = []
-        rows = 0
-
-        def write() -> None:
-            files.append(self._write(number, pa.Table.from_batches(waiting, LAKE_SCHEMA)))
-            waiting.clear()
-            if sum(held.file.size for held in files) + self._wanted_bytes() > self._max_bytes:
+        for held in self._files.write_all(number, (validator.check(batch).accepted for batch in batches), FILE_ROWS):
+            files.append(held)
+            if sum(one.file.size for one in files) + self._wanted_bytes() > self._max_bytes:
                 raise TicketError(
                     "The asked range holds more events that are not in the lake than this server keeps "
                     "(FRAISEQL_ARROW_FLIGHT_LIVE_BYTES); materialize its windows, or ask for a part at a time."
                 )
-
-        for batch in batches:
-            accepted = validator.check(batch).accepted
-            waiting.append(accepted)
-            rows += accepted.num_rows
-            if rows >= FILE_ROWS:
-                write()
-                rows = 0
-        if rows:
-            write()
         with self._lock:
             hour = self._hours.setdefault(number, _Hour(number, self.started_pk))
             if hour.after_pk == upto_pk:  # else it was given up meanwhile
@@ -301,7 +237,7 @@ class Buffer:
             half = int(np.searchsorted(at, at[max(late, edge // 2)], side="left"))
             edge = half if half > late else edge
         pieces = [piece for piece in (rows.slice(0, late), rows.slice(late, edge - late)) if piece.num_rows]
-        files = [self._write(hour.number, piece) for piece in pieces]
+        files = [self._files.write(hour.number, piece) for piece in pieces]
         # Copied: a slice would keep all of it in memory.
         rest = rows.take(np.arange(edge, len(at)))
         with self._lock:
@@ -334,27 +270,11 @@ class Buffer:
         """One file, or a few, for files that follow each other."""
         if len(run) < 2:
             return
-        merged: list[Held] = []
-        waiting: list[pa.RecordBatch] = []
-
-        def write() -> None:
-            merged.append(self._write(hour.number, pa.Table.from_batches(waiting, LAKE_SCHEMA)))
-            waiting.clear()
-
-        for batch in self._read(hour, [held.file for held in run]):
-            waiting.append(batch)
-            if sum(one.num_rows for one in waiting) >= FILE_ROWS:
-                write()
-        if waiting:
-            write()
+        merged = list(self._files.write_all(hour.number, self._files.read(run), FILE_ROWS))
         with self._lock:
             gone = set(run)
             if gone <= set(hour.files):  # else some were dropped meanwhile
                 hour.files = [held for held in hour.files if held not in gone] + merged
-
-    def _read(self, hour: _Hour, files: list[File]) -> Iterator[pa.RecordBatch]:
-        window = window_of(hour.number)
-        return Snapshot(0, tuple(files), {}, self.storage).read(window.start, window.end)
 
     def _above(self, hour: _Hour, held: Held, floor: int) -> list[Held]:
         """A file's events above a key, as files."""
@@ -362,8 +282,8 @@ class Buffer:
             return [held]
         if held.high_pk <= floor:
             return []
-        rows = pa.Table.from_batches(self._read(hour, [held.file]), LAKE_SCHEMA)
-        rest = self._write(hour.number, rows.filter(pc.greater(rows["pk"], floor)))
+        rows = pa.Table.from_batches(self._files.read([held]), LAKE_SCHEMA)
+        rest = self._files.write(hour.number, rows.filter(pc.greater(rows["pk"], floor)))
         with self._lock:
             # The lake has the others.
             if held in hour.files:
@@ -380,27 +300,11 @@ class Buffer:
             rows = rows.filter(pc.greater(rows["pk"], floor))
             if not rows.num_rows:
                 return []
-            held = self._write(hour.number, _sorted(rows))
+            held = self._files.write(hour.number, _sorted(rows))
             with self._lock:
                 if hour.head_number == head_number:
                     hour.written = (head_number, floor), held
             return [held]
-
-    def _write(self, number: int, rows: pa.Table) -> Held:
-        """``rows``: of one hour, in order, at least one."""
-        path = self._directory() / f"{next(self._numbers)}.parquet"
-        disk = _OnDisk(path)
-        write_file(str(path), rows)
-        at, keys = rows["timestamp"], pc.min_max(rows["pk"])
-        file = File(
-            path=f"{_PREFIX}{path.name}",
-            date=to_instant(number * HOUR_US).date().isoformat(),
-            size=path.stat().st_size,
-            rows=rows.num_rows,
-            low=at[0].value,
-            high=at[-1].value,
-        )
-        return Held(number, file, keys["min"].as_py(), keys["max"].as_py(), disk)
 
     def _wanted_bytes(self) -> int:
         with self._lock:
@@ -416,16 +320,6 @@ class Buffer:
                 continue
             self._hours[number] = _Hour(number, self.settled_pk)
             del held[number]
-
-
-class _NoFiles:
-    def open(self, name: str) -> pa.NativeFile:
-        raise FileNotFoundError(name)
-
-
-def window_of(number: int) -> Window:
-    """An hour, counted from 1970, as a window."""
-    return Window(to_instant(number * HOUR_US), WindowSize.HOUR)
 
 
 def _tidy() -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
 from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, PipelineError, SettleTimeout, SourceRefused
-from fraiseql_pipeline.flight.buffer import HOUR_US, Buffer, Held, Storage, window_of
+from fraiseql_pipeline.flight.buffer import Buffer
+from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
 from fraiseql_pipeline.flight.rounds import Rounds
 from fraiseql_pipeline.flight.view import FOREVER, LiveEvents, Span, View, Views, joined, to_micros
 from fraiseql_pipeline.lake import Lake, Snapshot
@@ -57,10 +58,10 @@ class Live:
         self._settings = settings
         self._lake = lake
         self._views = known
-        self.buffer = Buffer(directory, settings.arrow_flight_live_bytes)
+        files = HeldFiles(lake.events.storage, directory)
+        self.buffer = Buffer(files, settings.arrow_flight_live_bytes)
         self.rounds = Rounds()
-        self._nothing = Snapshot(-1, (), {}, Storage(lake.events.storage, directory))
-        self.buffer.storage = self._nothing.storage
+        self._nothing = Snapshot(-1, (), {}, files)
         self._changelog: ChangeLog | None = None
         self._identity: str | None = None
         self._problem = ""
@@ -194,8 +195,10 @@ class Live:
                 for hour, floor in floors.items():
                     self._fill(changelog, hour, floor)
                 held, settled_pk, at = self.buffer.files(floors)
-                # Where the lake moved on meanwhile, events that only its newer version has may have left the buffer.
-                if all(self.buffer.missing(hour, floor) is None for hour, floor in floors.items()):
+                # Where the lake moved on meanwhile, events that only its newer version has may have left the buffer; and another hour
+                # may have got its first event since the hours were chosen.
+                whole = all(self.buffer.missing(hour, floor) is None for hour, floor in floors.items())
+                if whole and self._tracked(*self._range(changelog, base, ticket)) <= floors.keys():
                     return self._joined(base, ticket, floors, held, settled_pk, at)
         raise FlightUnavailable("The lake changes faster than it can be read; try again in a moment.")
 
@@ -245,11 +248,7 @@ class Live:
 
     def _floors(self, changelog: ChangeLog, base: View | None, ticket: Ticket) -> dict[int, int]:
         """The hours of a ticket that are not all in the lake, each with the key up to which they are."""
-        now = to_micros(self.buffer.settled_at)
-        start, end = to_micros(ticket.start), min(to_micros(ticket.end), now + 1)
-        if ticket.follow:  # its view says up to which key, whatever the range
-            start, end = min(start, now), now + 1
-        start = max(start, self._first(changelog, base))
+        start, end = self._range(changelog, base, ticket)
         if start >= end:
             return {}
         open_ranges = [(start, end)] if base is None else base.uncovered(start, end)
@@ -259,9 +258,20 @@ class Live:
                 f"The asked range has {len(floors)} hours that are not published; materialize its windows, or ask for a part at a time."
             )
         if base is not None:
-            hours = [*self._late(changelog, base, start, end), *self.buffer.hours(start // HOUR_US, (end - 1) // HOUR_US)]
+            hours = [*self._late(changelog, base, start, end), *self._tracked(start, end)]
             floors |= {hour: base.settled_pk_at(hour * HOUR_US) or 0 for hour in hours if hour not in floors}
         return dict(sorted(floors.items()))
+
+    def _tracked(self, start: int, end: int) -> set[int]:
+        return set(self.buffer.hours(start // HOUR_US, (end - 1) // HOUR_US))
+
+    def _range(self, changelog: ChangeLog, base: View | None, ticket: Ticket) -> tuple[int, int]:
+        """The part of a ticket's range that can have events (µs)."""
+        now = to_micros(self.buffer.settled_at)
+        start, end = to_micros(ticket.start), min(to_micros(ticket.end), now + 1)
+        if ticket.follow:  # its view says up to which key, whatever the range
+            start, end = min(start, now), now + 1
+        return max(start, self._first(changelog, base)), end
 
     def _first(self, changelog: ChangeLog, base: View | None) -> int:
         """Before it nothing is published or read through."""

@@ -7,15 +7,17 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fraiseql_pipeline import event_json
 from fraiseql_pipeline.errors import InputError
 from fraiseql_pipeline.event import EVENT_SCHEMA, LAKE_SCHEMA, WIRE_SCHEMA
-from fraiseql_pipeline.event_json import events_from_json, events_to_json
+from fraiseql_pipeline.event_json import KINDS, events_from_json, events_to_json, reading
+from fraiseql_pipeline.event_json.canonical import after_line_feeds, canonical_rows
+from fraiseql_pipeline.event_json.rows import Rows
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
 
@@ -57,7 +59,7 @@ def with_data(data: str, **changes: Any) -> bytes:
 
 def one_by_one(text: bytes, schema: pa.Schema = WIRE_SCHEMA) -> tuple[list[dict[str, Any]], list[int]]:
     """What msgspec alone makes of the text: the events, and the numbers of the lines that are none."""
-    rows = event_json._Rows(schema)
+    rows = Rows(schema)
     lines = text.split(b"\n")
     rows.read(range(len(lines)), lines)
     batch = rows.batch()
@@ -77,9 +79,9 @@ def read(text: bytes, schema: pa.Schema = WIRE_SCHEMA) -> tuple[list[dict[str, A
 def is_quick(*lines: bytes) -> bool:
     """Whether none of the lines was decoded one by one."""
     text = pa.py_buffer(b"".join(each + b"\n" for each in lines))
-    ends = event_json._after_line_feeds(text)
-    starts = pa.concat_arrays([pa.array([0], pa.int32()), ends[:-1]])
-    rows, columns = event_json._canonical_rows(text, starts, ends, event_json._range(len(ends)), WIRE_SCHEMA)
+    ends = after_line_feeds(text)
+    starts = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
+    rows, columns = canonical_rows(text, starts, ends, WIRE_SCHEMA)
     return columns is not None and len(rows) == len(lines)
 
 
@@ -211,7 +213,7 @@ def test_lines_of_every_length_are_found() -> None:
 
 
 def test_the_order_of_lines_is_kept_over_both_ways_and_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_json, "_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", 5000)
     spaced = (", ", ": ")
     text = b"\n".join(line(spaced if n % 7 == 3 or 40 < n < 60 else (",", ":"), user_id=str(n)) for n in range(200))
     assert events_from_json(text)["user_id"].to_pylist() == [str(n) for n in range(200)]
@@ -278,7 +280,7 @@ _json = st.recursive(
 _optional = st.one_of(st.none(), _texts)
 _events = st.fixed_dictionaries(
     {
-        "event_type": st.sampled_from(list(event_json.KINDS)),
+        "event_type": st.sampled_from(list(KINDS)),
         "entity_type": _texts,
         "data": _json | st.dictionaries(_keys, _json, max_size=3),
         "changes": st.none() | st.dictionaries(_keys, st.fixed_dictionaries({"old": _json, "new": _json}), max_size=2),

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from fraiseql_pipeline.errors import TicketError
 from fraiseql_pipeline.event import BATCH_SCHEMA
 from fraiseql_pipeline.flight import buffer as module
-from fraiseql_pipeline.flight.buffer import HOUR_US, Buffer, window_of
-from fraiseql_pipeline.lake import Snapshot
+from fraiseql_pipeline.flight import held as files_module
+from fraiseql_pipeline.flight.buffer import Buffer
+from fraiseql_pipeline.flight.held import HOUR_US, HeldFiles
+from fraiseql_pipeline.lake.storage import LocalStorage
 
 AT = datetime(2026, 11, 1, tzinfo=UTC)
 FIRST = 490_000  # an hour in 2025
@@ -51,16 +53,19 @@ def held(buffer: Buffer, floors: dict[int, int]) -> list[tuple[int, int]]:
     found = []
     files, _, _ = buffer.files(floors)
     for hour in sorted(floors):
-        window = window_of(hour)
-        mine = sorted((one.file for one in files if one.hour == hour), key=lambda file: (file.low or 0, file.path))
-        for batch in Snapshot(0, tuple(mine), {}, buffer.storage).read(window.start, window.end, columns=["timestamp", "pk"]):
+        mine = sorted((one for one in files if one.hour == hour), key=lambda one: (one.file.low or 0, one.file.path))
+        for batch in buffer._files.read(mine) if mine else ():
             found += list(zip(batch["timestamp"].cast(pa.int64()).to_pylist(), batch["pk"].to_pylist(), strict=True))
     return found
 
 
+def in_directory(directory: Path) -> HeldFiles:
+    return HeldFiles(LocalStorage(directory), lambda: directory)
+
+
 @pytest.fixture
 def buffer(tmp_path: Path) -> Buffer:
-    made = Buffer(lambda: tmp_path, 1 << 30)
+    made = Buffer(in_directory(tmp_path), 1 << 30)
     made.begin(0, AT)
     return made
 
@@ -82,7 +87,7 @@ def test_every_event_above_the_floor_is_held_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, rounds: list[list[tuple[int, int]]], floors: list[int]
 ) -> None:
     directory = tmp_path_factory.mktemp("live")
-    buffer = Buffer(lambda: directory, 1 << 30)
+    buffer = Buffer(in_directory(directory), 1 << 30)
     buffer.begin(0, AT)
     pk = 1
     written = []
@@ -116,7 +121,7 @@ def test_files_follow_each_other_so_that_old_ones_are_not_sorted_again(buffer: B
 
 
 def test_the_oldest_hours_are_given_up_and_can_be_filled_again(tmp_path: Path) -> None:
-    buffer = Buffer(lambda: tmp_path, 20_000)
+    buffer = Buffer(in_directory(tmp_path), 20_000)
     buffer.begin(0, AT)
     kept: dict[int, pa.RecordBatch] = {}
     for hour in range(4):
@@ -136,7 +141,7 @@ def test_the_oldest_hours_are_given_up_and_can_be_filled_again(tmp_path: Path) -
 
 
 def test_a_fill_that_cannot_fit_is_refused(tmp_path: Path) -> None:
-    buffer = Buffer(lambda: tmp_path, 5_000)
+    buffer = Buffer(in_directory(tmp_path), 5_000)
     buffer.begin(1_000, AT)
     with pytest.raises(TicketError, match="FRAISEQL_ARROW_FLIGHT_LIVE_BYTES"), buffer.wanted([FIRST]):
         buffer.fill(FIRST, 0, 1_000, [events([(0, i) for i in range(1_000)])])
@@ -169,7 +174,7 @@ def test_a_disk_that_is_full_costs_the_hour_and_not_the_server(buffer: Buffer, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_file", full)
+        patched.setattr(files_module, "write_file", full)
         assert sum(one.num_rows for one in buffer.absorb(events([(0, i) for i in range(200)]))) == 200
     assert buffer.missing(FIRST, 0) == 200
     buffer.fill(FIRST, 0, 200, [events([(0, i) for i in range(200)])])

@@ -170,6 +170,28 @@ def test_a_lake_that_moves_on_while_a_view_is_made_takes_nothing_from_it(live: F
     assert live.keys() == written
 
 
+def test_an_hour_that_gets_its_first_event_while_a_view_is_made_is_in_it(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    live.materialize(LAST - HOUR, LAST)
+    new = live.write(datetime.now(UTC))
+    live.reaches(new[-1])
+    service = live.server._service.live
+    assert service is not None
+    files, late = service.buffer.files, []
+
+    def after_a_late_event(floors: dict[int, int]) -> Any:
+        if not late:
+            late.extend(live.write(LAST - HOUR))
+            live.reaches(late[-1])
+        return files(floors)
+
+    monkeypatch.setattr(service.buffer, "files", after_a_late_event)
+    with live.client.stream(start=LAST - 2 * HOUR, columns=KEYS) as stream:
+        keys = stream.read_all()["pk"].to_pylist()
+    assert stream.receipt is not None
+    assert stream.receipt.settled_pk == late[-1]
+    assert keys == [*late, *new]
+
+
 def test_unsound_events_are_not_served(live: Followed) -> None:
     sound = live.write(datetime.now(UTC))
     unsound = live.write(datetime.now(UTC), object_id=None) + live.write(datetime.now(UTC), modification_type="WHAT")

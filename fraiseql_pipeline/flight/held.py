@@ -1,0 +1,107 @@
+"""Files of events that are not published: of the form of the lake's, on local disk, as long as somebody holds them.
+
+What lives here: ``Held``, one such file, and ``HeldFiles``, which writes and opens them. What must not: which events are in which file
+(``buffer.py``), durability: what is in them is in Postgres.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fraiseql_pipeline.event import LAKE_SCHEMA
+from fraiseql_pipeline.flight.view import to_instant
+from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
+from fraiseql_pipeline.window import Window, WindowSize
+
+HOUR_US = 3_600_000_000
+
+#: How these files are told from the lake's.
+_PREFIX = "live/"
+
+
+def window_of(hour: int) -> Window:
+    """An hour, counted from 1970, as a window."""
+    return Window(to_instant(hour * HOUR_US), WindowSize.HOUR)
+
+
+class _OnDisk:
+    """A file that is removed when nobody holds this object any more."""
+
+    def __init__(self, path: Path) -> None:
+        weakref.finalize(self, _remove, path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """One file: some events of one hour, in (timestamp, pk) order."""
+
+    hour: int
+    file: File
+    low_pk: int
+    high_pk: int
+    disk: _OnDisk = field(repr=False)
+
+
+class HeldFiles:
+    """Writes files to a directory, and opens them; every other name is opened by ``lake``. ``directory`` gives the place; it exists.
+
+    May serve many threads.
+    """
+
+    def __init__(self, lake: Opens, directory: Callable[[], Path]) -> None:
+        self._lake = lake
+        self._directory = directory
+        self._numbers = count()
+
+    def open(self, name: str) -> pa.NativeFile:
+        """The bytes of a file, for random access."""
+        if name.startswith(_PREFIX):
+            return pa.memory_map(str(self._directory() / name.removeprefix(_PREFIX)))
+        return self._lake.open(name)
+
+    def write(self, hour: int, rows: pa.Table) -> Held:
+        """``rows``: of one hour, ``LAKE_SCHEMA``, in (timestamp, pk) order, at least one. Raises ``OSError``."""
+        path = self._directory() / f"{next(self._numbers)}.parquet"
+        disk = _OnDisk(path)
+        write_file(str(path), rows)
+        at, keys = rows["timestamp"], pc.min_max(rows["pk"])
+        file = File(
+            path=f"{_PREFIX}{path.name}",
+            date=to_instant(hour * HOUR_US).date().isoformat(),
+            size=path.stat().st_size,
+            rows=rows.num_rows,
+            low=at[0].value,
+            high=at[-1].value,
+        )
+        return Held(hour, file, keys["min"].as_py(), keys["max"].as_py(), disk)
+
+    def write_all(self, hour: int, batches: Iterable[pa.RecordBatch], file_rows: int) -> Iterator[Held]:
+        """Files of about so many rows, for batches of one hour that are in order over all of them."""
+        waiting: list[pa.RecordBatch] = []
+        rows = 0
+        for batch in batches:
+            waiting.append(batch)
+            rows += batch.num_rows
+            if rows >= file_rows:
+                yield self.write(hour, pa.Table.from_batches(waiting, LAKE_SCHEMA))
+                waiting, rows = [], 0
+        if rows:
+            yield self.write(hour, pa.Table.from_batches(waiting, LAKE_SCHEMA))
+
+    def read(self, files: Sequence[Held]) -> Iterator[pa.RecordBatch]:
+        """The events of files of one hour, in (timestamp, pk) order."""
+        window = window_of(files[0].hour)
+        return Snapshot(0, tuple(held.file for held in files), {}, self).read(window.start, window.end)

@@ -1,0 +1,206 @@
+"""What a client receives: batches, the receipt that proves them whole, and errors.
+
+What lives here: ``Stream``, ``Receipt``, and what the errors of ``pyarrow.flight`` mean. What must not: what a client asks (``client.py``),
+the server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fraiseql_pipeline.encoding import checksum, plain_schema, to_plain
+from fraiseql_pipeline.errors import (
+    FlightBusy,
+    FlightUnavailable,
+    LakeDamaged,
+    LakeEmpty,
+    NotAllowed,
+    NotAuthenticated,
+    PipelineError,
+    TicketError,
+    WindowMissing,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a server says about a stream.
+
+    ``rows``: events in it; None in an ``info`` where the range cuts a window or a filter applies. ``complete_through``: the published
+    windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
+    that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
+    range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
+    ``next_ticket`` reads what comes after this; None behind a ``limit``. ``table_version`` is None while nothing is published.
+    """
+
+    rows: int | None
+    table_version: int | None
+    complete_through: datetime
+    provisional_windows: int
+    missing_windows: int
+    schema: pa.Schema
+    settled_pk: int | None = None
+    checksum: int | None = None
+    next_ticket: str | None = None
+
+
+class Stream:
+    """The batches of a stream, once, in order. ``receipt`` is there when they have all been read.
+
+    Of a stream that follows, ``settled_pk`` says up to which key everything has come: a stream that broke goes on behind it with
+    ``after_pk``. What came since then comes again.
+
+    Also an Arrow C stream, so polars, DuckDB and every other Arrow consumer read it without a copy and without holding it whole.
+    """
+
+    def __init__(self, reader: Any, schema: pa.Schema, url: str, *, plain: bool = True, alone: bool = True) -> None:
+        compact = (schema.metadata or {}).get(b"fraiseql.encoding", b"").startswith(b"compact")
+        self.schema = plain_schema(schema) if plain and compact else schema
+        self.receipt: Receipt | None = None
+        self.settled_pk: int | None = None
+        self._reader = reader
+        self._url = url
+        self._rows = 0
+        self._checksum = 0
+        self._decodes = plain and compact
+        self._alone = alone
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        while self.receipt is None:
+            chunk = self._chunk()
+            if chunk is None:
+                raise self._broken("ended without its receipt")
+            rows = chunk.data.num_rows if chunk.data is not None else 0
+            self._rows += rows
+            if rows:
+                self._checksum = (self._checksum + (checksum(chunk.data) or 0)) % 2**64
+            if chunk.app_metadata is not None:
+                self._note(chunk.app_metadata.to_pybytes())
+            if rows:
+                return to_plain(chunk.data) if self._decodes else chunk.data
+        raise StopIteration
+
+    def _chunk(self) -> Any:
+        with translated(self._url):
+            try:
+                return self._reader.read_chunk()
+            except StopIteration:
+                return None
+
+    def _note(self, metadata: bytes) -> None:
+        """What the metadata of a message says: how far a stream that follows has come, or that it is whole."""
+        facts = facts_of(metadata)
+        self.settled_pk = facts.get("settled_pk")
+        if "rows" not in facts:
+            return
+        receipt = receipt_of(facts, self.schema)
+        if receipt.rows != self._rows:
+            raise self._broken(f"does not match its receipt of {receipt.rows} events")
+        if receipt.checksum not in {None, self._checksum}:
+            raise self._broken("has other event ids than its receipt says")
+        # The end of the stream carries its status: only now is it known that the server agrees.
+        if self._alone and self._chunk() is not None:
+            raise self._broken("goes on after its receipt")
+        self.receipt = receipt
+
+    def read_all(self) -> pa.Table:
+        """The batches that are left, as a table."""
+        return pa.Table.from_batches(self, schema=self.schema)
+
+    def close(self) -> None:
+        """Tell the server that nothing more is wanted."""
+        if self.receipt is None:
+            self._reader.cancel()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return pa.RecordBatchReader.from_batches(self.schema, self).__arrow_c_stream__(requested_schema)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _broken(self, what: str) -> FlightUnavailable:
+        return FlightUnavailable(f"The stream from {self._url} {what} after {self._rows} events; read it again.")
+
+
+def facts_of(metadata: bytes) -> dict[str, Any]:
+    """The JSON object that accompanies a message or a ``FlightInfo``. Raises ``FlightUnavailable``."""
+    try:
+        facts = json.loads(metadata)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise _unreadable()
+    return facts
+
+
+def receipt_of(facts: dict[str, Any], schema: pa.Schema, rows: int | None = None) -> Receipt:
+    """The receipt out of ``facts_of``; ``rows`` where they say none. Raises ``FlightUnavailable``."""
+    try:
+        return Receipt(
+            rows=facts.get("rows", rows),
+            table_version=facts["table_version"],
+            complete_through=datetime.fromisoformat(facts["complete_through"]),
+            provisional_windows=facts["provisional_windows"],
+            missing_windows=facts["missing_windows"],
+            schema=schema,
+            settled_pk=facts.get("settled_pk"),
+            checksum=facts.get("checksum"),
+            next_ticket=facts.get("next_ticket"),
+        )
+    except (ValueError, KeyError, TypeError):
+        raise _unreadable() from None
+
+
+def _unreadable() -> FlightUnavailable:
+    return FlightUnavailable("The server's receipt cannot be read; is it a fraiseql-pipeline server?")
+
+
+# pyarrow has a class for some statuses and only words for the others; the sentence of the server follows "with message: ".
+_SENTENCE = re.compile(
+    r"with message: (.*?)(?:\.? ?gRPC client debug context: .*|\.? ?Client context: .*|\.? ?Detail: .*)?", re.DOTALL
+)
+_KINDS: tuple[tuple[str, type[PipelineError]], ...] = (
+    ("invalid argument error", TicketError),
+    ("precondition failed error", WindowMissing),
+    ("not found error", LakeEmpty),
+    ("resource exhausted error", FlightBusy),
+    ("data loss error", LakeDamaged),
+)
+
+
+@contextmanager
+def translated(url: str) -> Iterator[None]:
+    """An error of ``pyarrow.flight`` becomes one of this package's tree, with the sentence of the server."""
+    try:
+        yield
+    except (flight.FlightError, pa.ArrowException, OSError) as error:
+        text = str(error)
+        found = _SENTENCE.fullmatch(text, text.find("with message: "))
+        sentence = found[1] if found else ""
+        head = text.partition("with message: ")[0]
+        if isinstance(error, flight.FlightUnauthenticatedError):
+            raise NotAuthenticated(sentence) from None
+        if isinstance(error, flight.FlightUnauthorizedError):
+            raise NotAllowed(sentence) from None
+        for words, kind in _KINDS:
+            if sentence and words in head:
+                raise kind(sentence) from None
+        if isinstance(error, flight.FlightUnavailableError) and "failed to connect" in sentence:
+            raise FlightUnavailable(f"No Flight server answers at {url}; start one with fraiseql-pipeline serve.") from None
+        raise FlightUnavailable(f"The Flight server at {url} failed: {sentence or 'the connection broke off'}") from None
