@@ -10,8 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 from itertools import accumulate
+from operator import mul
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -27,17 +30,22 @@ class Kind:
     mean_updates: float
     deleted_share: float
     life: float
-    changed: str
+    changed: tuple[str, ...]
 
 
 BLOCK = 20
 KINDS = (
-    Kind("User", 0, 2, 0, 2.0, 0.05, 0.6, "{email,preferences}"),
-    Kind("Product", 2, 1, 0, 6.0, 0.08, 0.8, "{price,stock}"),
-    Kind("Order", 3, 8, 0, 3.5, 0.03, 0.2, "{status,version}"),
-    Kind("Invoice", 11, 5, 8, 1.5, 0.02, 0.15, "{status}"),
-    Kind("Payment", 16, 4, 13, 1.2, 0.01, 0.05, "{status,attempts}"),
+    Kind("User", 0, 2, 0, 2.0, 0.05, 0.6, ("email", "preferences")),
+    Kind("Product", 2, 1, 0, 6.0, 0.08, 0.8, ("price", "stock")),
+    Kind("Order", 3, 8, 0, 3.5, 0.03, 0.2, ("status", "version")),
+    Kind("Invoice", 11, 5, 8, 1.5, 0.02, 0.15, ("status",)),
+    Kind("Payment", 16, 4, 13, 1.2, 0.01, 0.05, ("status", "attempts")),
 )
+
+
+def customer(entity: pl.Series, draws: Draws) -> pl.Series:
+    """The customers of orders: users of the same block of entities or of one before it."""
+    return (draws.share(entity, 47) * (entity // BLOCK + 1)).cast(pl.UInt32) * BLOCK + entity % 2
 
 
 class Draws:
@@ -66,17 +74,25 @@ class Draws:
         return -(1 - self.share(key, salt)).log()
 
     def uuid(self, key: pl.Series, salt: int) -> pl.Series:
-        """UUIDs, version 4, as text."""
-        # The digits are those of the words' bytes in memory, lowest first.
-        high = _digits((self.bits(key, salt) & (~(0xF << 52) % 2**64)) | (4 << 52))
-        low = _digits((self.bits(key, salt + 1) & (~0xC0 % 2**64)) | 0x80)
-        return joined(
-            high.str.head(8), "-", high.str.slice(8, 4), "-", high.str.tail(4), "-", low.str.head(4), "-", low.str.tail(12)
+        """UUIDs, version 4, as their 16 bytes."""
+        words = np.empty((len(key), 2), "<u8")
+        words[:, 0] = ((self.bits(key, salt) & (~(0xF << 52) % 2**64)) | (4 << 52)).to_numpy()
+        words[:, 1] = ((self.bits(key, salt + 1) & (~0xC0 % 2**64)) | 0x80).to_numpy()
+        return pl.Series(
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(key), [None, pa.py_buffer(words)]).cast(pa.binary())
         )
+
+    def uuid_text(self, key: pl.Series, salt: int) -> pl.Series:
+        """As ``uuid``, as text."""
+        digits = self.uuid(key, salt).bin.encode("hex")
+        cuts = ((0, 8), (8, 4), (12, 4), (16, 4), (20, 12))
+        return pl.select(pl.concat_str([pl.lit(digits.str.slice(*cut)) for cut in cuts], separator="-")).to_series()
 
     def hex(self, key: pl.Series, salt: int) -> pl.Series:
         """32 hex digits."""
-        return _digits(self.bits(key, salt)) + _digits(self.bits(key, salt + 1))
+        words = np.column_stack([self.bits(key, salt).to_numpy(), self.bits(key, salt + 1).to_numpy()])
+        data = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(key), [None, pa.py_buffer(words)])
+        return pl.Series(data.cast(pa.binary())).bin.encode("hex")
 
 
 #: The multipliers of splitmix64.
@@ -90,32 +106,29 @@ def _mixed(number: int) -> int:
     return number ^ (number >> 31)
 
 
-def _digits(words: pl.Series) -> pl.Series:
-    """16 hex digits per word."""
-    numbers = words.rechunk().to_arrow()
-    data = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(words), [None, numbers.buffers()[1]], offset=numbers.offset)
-    return pl.Series(data.cast(pa.binary())).bin.encode("hex")
-
-
 def joined(*pieces: str | pl.Series) -> pl.Series:
     return pl.select(pl.concat_str(*(pl.lit(piece) for piece in pieces))).to_series()
 
 
-def skeleton(events: int, days: int, end: datetime, draws: Draws) -> pl.DataFrame:
-    """entity, place in its life, length of it, time in µs since 1970: sorted by time."""
+def skeleton(events: int, days: int, end: datetime, draws: Draws, haste: int) -> pl.DataFrame:
+    """entity, place in its life, length of it, time in µs since 1970: sorted by time.
+
+    ``haste``: 1 spreads the changes of an entity over its life; with 7 two thirds of them happen in the first twentieth of it.
+    """
     entities = events // 3 + BLOCK
-    while len(happened := _happened(entities, draws)) < events:
+    while len(happened := _happened(entities, draws, haste)) < events:
         entities += entities // 3
     happened = happened.head(events)
     at = _Clock(days, end).at(happened["moment"]).alias("at")
     return happened.with_columns(at).sort("at", "entity", "place").select("entity", "place", "length", "at")
 
 
-def _happened(entities: int, draws: Draws) -> pl.DataFrame:
+def _happened(entities: int, draws: Draws, haste: int) -> pl.DataFrame:
     """The events of so many entities, as far as they happen within the sample; what comes later in a life is cut off."""
     events = _lives(entities, draws).with_columns(place=pl.int_ranges(0, "length", dtype=pl.UInt16)).explode("place")
     jitter = draws.share(events["entity"].cast(pl.UInt64) * 64 + events["place"], 11)
-    spread = (pl.col("place") - 1 + jitter) / (pl.col("length") - 1).clip(1)
+    even = (pl.col("place") - 1 + jitter) / (pl.col("length") - 1).clip(1)
+    spread = reduce(mul, [even] * haste)  # not ``**``: how a power is rounded depends on the machine
     moment = pl.when(pl.col("place") == 0).then("birth").otherwise(pl.col("birth") + pl.col("life") * spread)
     return events.with_columns(moment=moment).filter(pl.col("moment") < 1)
 

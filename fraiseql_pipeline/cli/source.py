@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import click
 
-from fraiseql_pipeline.changelog import open_changelog, write_sample
+from fraiseql_pipeline.changelog import SHAPES, ShapeName, open_changelog, write_sample
 from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.window import parse_time
@@ -59,12 +59,25 @@ def doctor(output: Output) -> None:
 @click.option("--days", default=2, show_default=True, type=click.IntRange(1, 366), help="Over how many days up to --end.")
 @click.option("--end", default="now", show_default=True, help="End of the sample; ISO 8601 or now.")
 @click.option("--seed", default=1, show_default=True, help="The same seed gives the same events.")
+@click.option(
+    "--shape",
+    default="typical",
+    show_default=True,
+    type=click.Choice(SHAPES),
+    help="Width of the events: 155 bytes of JSON on average, or 450, most of it nested.",
+)
 @pass_output
-def sample(output: Output, events: int, days: int, end: str, seed: int) -> None:
+def sample(output: Output, events: int, days: int, end: str, seed: int, shape: ShapeName) -> None:
     """Fill a database with sample events: orders, users, products, invoices, payments. For an empty change log only."""
     with open_changelog(output.settings, create=True) as changelog, output.progress("Writing", events, "events") as step:
         written = write_sample(
-            changelog, events, days=days, end=parse_time(end, datetime.now(UTC)), seed=seed, progress=lambda n: step("", n)
+            changelog,
+            events,
+            days=days,
+            end=parse_time(end, datetime.now(UTC)),
+            seed=seed,
+            shape=shape,
+            progress=lambda n: step("", n),
         )
     output.result({"events": written.events, "seconds": written.seconds})
     output.say(f"{written.events:,} events written in {written.seconds:.1f} s ({written.events / written.seconds:,.0f} events/s).")
