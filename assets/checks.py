@@ -24,6 +24,7 @@ from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.validate import TOLERATED_ROWS
 from fraiseql_pipeline.window import Window
 
+from .readback import READBACK
 from .report import EVENTS
 
 #: A window is halted above ``max_rejected_share``; the check warns from this part of it on, while events still get through.
@@ -34,6 +35,7 @@ _DESCRIPTIONS = {
     "source_accounted_for": "Every event read from the change log is in `events` or in `events_quarantine`.",
     "quarantine_share": "The share of quarantined events is well below the limit that halts a window.",
     "schema": "The stored files of the window have the columns, types and nullability of the column table.",
+    READBACK: "The Flight server sends the window as it was committed: as many events, with the same ids.",
 }
 NAMES = tuple(_DESCRIPTIONS)
 
@@ -53,7 +55,7 @@ def output_name(name: str) -> str:
 
 
 def evaluate(one: Materialization, settings: Settings, stored: Snapshot) -> Iterator[dg.AssetCheckResult]:
-    """Every check of one window; ``stored`` is the table after the run."""
+    """Every check of one window that needs the lake only; ``stored`` is the table after the run."""
     yield _counts(one.window, stored)
     yield _accounted(one)
     yield _share(one, settings)

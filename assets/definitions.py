@@ -13,7 +13,7 @@ from fraiseql_pipeline.settings import Settings
 from .benchmarks import benchmarks_job, build_benchmarks
 from .events import build_events, source_spec
 from .maintenance import build_maintain
-from .resources import FraiseQL
+from .resources import Flight, FraiseQL
 from .schedules import build_each_window
 from .sensors import build_catch_up
 
@@ -26,7 +26,7 @@ def definitions(settings: Settings) -> dg.Definitions:
         jobs=[benchmarks_job()],
         schedules=[build_each_window(settings, events), build_maintain()],
         sensors=[build_catch_up(events)],
-        resources={"fraiseql": FraiseQL()},
+        resources={"fraiseql": FraiseQL(), "flight": Flight()},
         # One step per run, and a run is a process already: a second process would cost 2 to 3 seconds for nothing.
         executor=dg.in_process_executor,
     )

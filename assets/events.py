@@ -26,10 +26,10 @@ from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
 
-from . import checks, partitions, report
+from . import checks, partitions, readback, report
 from .failures import RETRIES, failure
 from .report import CHANGE_LOG, EVENTS, QUARANTINE
-from .resources import FraiseQL
+from .resources import Flight, FraiseQL
 
 #: Limits how many runs read the change log at once, where the instance sets a limit for this pool.
 POOL = "fraiseql_change_log"
@@ -60,7 +60,7 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
         pool=POOL,
         can_subset=True,
     )
-    def events(context: dg.AssetExecutionContext, config: Publishing, fraiseql: FraiseQL) -> Iterator[Any]:
+    def events(context: dg.AssetExecutionContext, config: Publishing, fraiseql: FraiseQL, flight: Flight) -> Iterator[Any]:
         asked, done = partitions.windows_of(context), list[Materialization]()
 
         def on_window(one: Materialization) -> None:
@@ -70,10 +70,10 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
         try:
             with fraiseql.changelog() as changelog:
                 publish(asked, config, fraiseql.settings(), changelog, fraiseql.lake(), context.run.run_id, on_window)
-            shown = describe(done, fraiseql)
+            shown = describe(done, fraiseql, flight, context.log.warning)
         except Exception as error:  # noqa: BLE001 - whatever ended the run, what it published before is told first
             with suppress(Exception):  # the first error is the one to tell
-                yield from partly_published(context, asked, describe(done, fraiseql), error)
+                yield from partly_published(context, asked, describe(done, fraiseql, flight, context.log.warning), error)
             raise failure(error) from None
         yield from published(context, shown)
 
@@ -152,14 +152,16 @@ class Shown:
     checks: tuple[dg.AssetCheckResult, ...]
 
 
-def describe(done: Sequence[Materialization], fraiseql: FraiseQL) -> list[Shown]:
-    """What is to be told about windows that were published, oldest first."""
+def describe(done: Sequence[Materialization], fraiseql: FraiseQL, flight: Flight, warn: Callable[[str], None]) -> list[Shown]:
+    """What is to be told about windows that were published, oldest first. A Flight server is told of them here, all commits made."""
     if not done:
         return []
     stored, settings = fraiseql.lake().snapshot(), fraiseql.settings()
+    ordered = sorted(done, key=lambda one: one.window)
+    sent = readback.read_back([one.window for one in ordered], stored, lambda: flight.client(settings), warn)
     shown = [
-        Shown(one.window, report.events_of(one, stored), report.quarantine_of(one), tuple(checks.evaluate(one, settings, stored)))
-        for one in sorted(done, key=lambda one: one.window)
+        Shown(one.window, report.events_of(one, stored), report.quarantine_of(one), (*checks.evaluate(one, settings, stored), read))
+        for one, read in zip(ordered, sent, strict=True)
     ]
     for last in shown[-1:]:  # what Dagster shows of a table is what its newest materialization says
         last.events.update(report.lineage(COLUMNS))

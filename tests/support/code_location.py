@@ -11,7 +11,7 @@ import psycopg
 
 from assets.events import build_events
 from assets.report import EVENTS, QUARANTINE
-from assets.resources import FraiseQL
+from assets.resources import Flight, FraiseQL
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
@@ -35,7 +35,11 @@ class Location:
         return Lake.of(self.settings)
 
     def run(
-        self, *windows: Window, config: Mapping[str, Any] | None = None, asked: tuple[dg.AssetKey, ...] = (EVENTS, QUARANTINE)
+        self,
+        *windows: Window,
+        config: Mapping[str, Any] | None = None,
+        asked: tuple[dg.AssetKey, ...] = (EVENTS, QUARANTINE),
+        flight: Flight | None = None,
     ) -> dg.ExecuteInProcessResult:
         """One run, given one window, or the range from the first to the last as a backfill gives it."""
         ends = {"dagster/asset_partition_range_start": windows[0].key, "dagster/asset_partition_range_end": windows[-1].key}
@@ -45,7 +49,7 @@ class Location:
             partition_key=windows[0].key if single else None,
             tags=None if single else ends,
             selection=list(asked),
-            resources={"fraiseql": FraiseQL()},
+            resources={"fraiseql": FraiseQL(), "flight": flight or Flight()},
             run_config={"ops": {"events": {"config": dict(config)}}} if config else None,
             instance=self.instance,
             raise_on_error=False,
