@@ -62,7 +62,8 @@ bench: $(RUN_READY) ## Measure materialize against its references on this machin
 .PHONY: measure
 measure: $(RUN_READY) ## Measure and keep the figures that the documents show (on a quiet machine)
 	@mkdir -p docs/measurements
-	for bench in materialize windows flight; do \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]'
+	for bench in materialize windows convert flight; do \
 	  $(BIN)/fraiseql-pipeline --json bench $$bench $(ARGS) > $(VENV)/$$bench.json || test $$? -eq 1; \
 	  mv $(VENV)/$$bench.json docs/measurements/$$bench.json; \
 	done

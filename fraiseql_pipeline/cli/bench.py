@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from datetime import UTC, datetime
 
 import click
 
-from fraiseql_pipeline import benchmark, pipeline
+from fraiseql_pipeline import benchmark, benchmark_live, pipeline
 from fraiseql_pipeline.benchmark import Report
 from fraiseql_pipeline.benchmark_flight import flight_server
-from fraiseql_pipeline.changelog import open_changelog, scratch_changelog, write_sample
+from fraiseql_pipeline.changelog import SHAPES, ShapeName, open_changelog, scratch_changelog, write_sample
 from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -21,18 +22,24 @@ def bench() -> None:
     """Measure against references on the same rows, and compare the ratios with the budgets. Exit code 1 when one is missed."""
 
 
+_SHAPE = click.option(
+    "--shape", default="typical", show_default=True, type=click.Choice(SHAPES), help="Width of the events: 320 or 610 bytes."
+)
+
+
 @bench.command()
 @click.option(
     "--events", default=1_000_000, show_default=True, type=click.IntRange(1000), help="Events of the day that is materialized."
 )
+@_SHAPE
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="How often every case is run.")
 @pass_output
-def materialize(output: Output, events: int, rounds: int) -> None:
+def materialize(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
     """Postgres to Delta: ours, polars + deltalake, a bare ADBC fetch, the server's own COPY."""
     day = benchmark.day_of()
     with scratch_changelog(output.settings) as changelog:
         output.say(f"Writing {events:,} sample events of one day …")
-        write_sample(changelog, events, days=1, end=day.end)
+        write_sample(changelog, events, days=1, end=day.end, shape=shape)
         report = benchmark.materialize(changelog.url, day, events, rounds=rounds, tell=output.say)
     _show(output, report)
 
@@ -51,19 +58,51 @@ def windows(output: Output, few: int, many: int, rounds: int) -> None:
 
 @bench.command()
 @click.option("--events", default=1_000_000, show_default=True, type=click.IntRange(1000), help="Events of the day that is served.")
+@_SHAPE
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="How often every case is run.")
 @pass_output
-def flight(output: Output, events: int, rounds: int) -> None:
-    """Arrow Flight streams: ours warm and cold in every encoding, and a pyarrow.flight server with the events in memory."""
+def flight(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
+    """Arrow Flight streams: ours in every encoding, a pyarrow.flight server, ROAPI and JSON lines; many readers, TLS, memory."""
     day = benchmark.day_of()
     with scratch_changelog(output.settings) as changelog, tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
         output.say(f"Writing {events:,} sample events of one day …")
-        write_sample(changelog, events, days=1, end=day.end)
+        write_sample(changelog, events, days=1, end=day.end, shape=shape)
         settings = Settings(database_url=changelog.url, lake_uri=f"{directory}/lake", start=day.start)
         windows = list(tile(day.start, day.end, WindowSize.HOUR))
         with open_changelog(settings) as opened:
             pipeline.materialize(windows, settings=settings, changelog=opened, lake=Lake.of(settings))
         report = flight_server(settings.lake_uri, day.start, day.end, rounds=rounds, tell=output.say)
+    _show(output, report)
+
+
+@bench.command()
+@click.option(
+    "--events", default=1_000_000, show_default=True, type=click.IntRange(1000), help="Events that are not published yet."
+)
+@_SHAPE
+@pass_output
+def live(output: Output, events: int, shape: ShapeName) -> None:
+    """Committed in Postgres to a Flight reader that follows, and events that are served before they are published."""
+    end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    with scratch_changelog(output.settings) as changelog, tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
+        output.say(f"Writing {events:,} sample events of one day …")
+        write_sample(changelog, events, days=1, end=end, shape=shape)
+        report = benchmark_live.live(changelog.url, f"{directory}/lake", events, tell=output.say)
+    _show(output, report)
+
+
+@bench.command()
+@click.option("--events", default=1_000_000, show_default=True, type=click.IntRange(1000), help="Events that are converted.")
+@_SHAPE
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="How often every case is run.")
+@pass_output
+def convert(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
+    """FraiseQL's event JSON to Arrow: ours, and json.loads + pyarrow."""
+    day = benchmark.day_of()
+    with scratch_changelog(output.settings) as changelog:
+        output.say(f"Writing {events:,} sample events of one day …")
+        write_sample(changelog, events, days=1, end=day.end, shape=shape)
+        report = benchmark.conversion(changelog.url, day, events, rounds=rounds, tell=output.say)
     _show(output, report)
 
 
