@@ -63,9 +63,9 @@ bench: $(RUN_READY) ## Measure materialize against its references on this machin
 measure: $(RUN_READY) ## Measure and keep the figures that the documents show (on a quiet machine)
 	@mkdir -p docs/measurements
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]'
-	for bench in materialize windows convert flight; do \
-	  $(BIN)/fraiseql-pipeline --json bench $$bench $(ARGS) > $(VENV)/$$bench.json || test $$? -eq 1; \
-	  mv $(VENV)/$$bench.json docs/measurements/$$bench.json; \
+	for bench in materialize "materialize --shape wide" windows convert flight "flight --shape wide" live; do \
+	  $(BIN)/fraiseql-pipeline --json bench $$bench $(ARGS) > $(VENV)/bench.json || test $$? -eq 1; \
+	  mv $(VENV)/bench.json "docs/measurements/$${bench// --shape /-}.json"; \
 	done
 	$(BIN)/python docs/tables.py
 

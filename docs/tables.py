@@ -72,7 +72,7 @@ def measured() -> str:
         report = json.loads(file.read_text(encoding="utf-8"))
         command = f"`fraiseql-pipeline bench {report['bench']}`"
         for ratio in report["ratios"]:
-            value = "not measured" if ratio["value"] is None else f"{ratio['value']:,.3g}"
+            value = "not measured" if ratio["value"] is None else _number(ratio["value"])
             rows.append((command, f"{report['rows']:,}", ratio["name"], value, _budget(ratio)))
     return _table(("command", "rows", "what", "measured", "budget"), rows)
 
@@ -105,7 +105,11 @@ def _budget(ratio: dict[str, Any]) -> str:
     """The budget with its direction, which the report gives away by whether it was met."""
     above = ratio["value"] is not None and ratio["value"] >= ratio["budget"]
     sign = "" if ratio["met"] is None else "≥ " if ratio["met"] == above else "≤ "
-    return f"{sign}{ratio['budget']:g}"
+    return f"{sign}{_number(ratio['budget'])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _walk(kind: type[PipelineError], depth: int) -> list[tuple[int, type[PipelineError]]]:

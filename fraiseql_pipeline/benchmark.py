@@ -149,7 +149,7 @@ def conversion(database_url: str, day: Window, rows: int, *, rounds: int = 3, te
     """Event JSON of one day's events into the eight columns: ours against the standard library's ``json`` and pyarrow."""
     measured = _rounds(("json_ours", "json_plain"), {"url": database_url, "day": day.key}, rounds, tell)
     return Report(
-        "conversion",
+        "convert",
         rows,
         (_result(measured, "json_ours", "rate", "events/s"), _result(measured, "json_plain", "rate", "events/s")),
         (

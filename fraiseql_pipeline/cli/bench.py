@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import click
@@ -41,7 +42,7 @@ def materialize(output: Output, events: int, shape: ShapeName, rounds: int) -> N
         output.say(f"Writing {events:,} sample events of one day …")
         write_sample(changelog, events, days=1, end=day.end, shape=shape)
         report = benchmark.materialize(changelog.url, day, events, rounds=rounds, tell=output.say)
-    _show(output, report)
+    _show(output, _of(shape, report))
 
 
 @bench.command()
@@ -72,7 +73,7 @@ def flight(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
         with open_changelog(settings) as opened:
             pipeline.materialize(windows, settings=settings, changelog=opened, lake=Lake.of(settings))
         report = flight_server(settings.lake_uri, day.start, day.end, rounds=rounds, tell=output.say)
-    _show(output, report)
+    _show(output, _of(shape, report))
 
 
 @bench.command()
@@ -88,7 +89,7 @@ def live(output: Output, events: int, shape: ShapeName) -> None:
         output.say(f"Writing {events:,} sample events of one day …")
         write_sample(changelog, events, days=1, end=end, shape=shape)
         report = benchmark_live.live(changelog.url, f"{directory}/lake", events, tell=output.say)
-    _show(output, report)
+    _show(output, _of(shape, report))
 
 
 @bench.command()
@@ -103,7 +104,12 @@ def convert(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
         output.say(f"Writing {events:,} sample events of one day …")
         write_sample(changelog, events, days=1, end=day.end, shape=shape)
         report = benchmark.conversion(changelog.url, day, events, rounds=rounds, tell=output.say)
-    _show(output, report)
+    _show(output, _of(shape, report))
+
+
+def _of(shape: ShapeName, report: Report) -> Report:
+    """The report, named as the command that repeats it."""
+    return report if shape == "typical" else replace(report, bench=f"{report.bench} --shape {shape}")
 
 
 def _show(output: Output, report: Report) -> None:

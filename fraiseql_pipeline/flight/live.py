@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
-from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, PipelineError, SettleTimeout, SourceRefused
+from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, PipelineError, SettleTimeout, SourceRefused, TicketError
 from fraiseql_pipeline.flight.buffer import Buffer
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
 from fraiseql_pipeline.flight.rounds import Rounds
@@ -37,10 +37,10 @@ POLL_SECONDS = 0.05
 #: Pauses before another connection after a failure: the first, and the longest.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 
-_TELL_SECONDS = 1.0
-
 #: Hours that one view may fill: each costs some queries. More of them wait for a materialization.
 _MAX_FILLED = 2_000
+#: Between two reports of how far following has come.
+_TELL_SECONDS = 1.0
 #: What is read through when following begins, so that the first reader of the newest events need not wait for it.
 _FILLED_AHEAD = timedelta(days=1)
 #: How long a reader waits for the buffer to be where the lake is already; nearly always one look.
@@ -254,7 +254,7 @@ class Live:
         open_ranges = [(start, end)] if base is None else base.uncovered(start, end)
         floors = {hour: 0 for low, high in open_ranges for hour in range(low // HOUR_US, -(-high // HOUR_US))}
         if len(floors) > _MAX_FILLED:
-            raise FlightUnavailable(
+            raise TicketError(
                 f"The asked range has {len(floors)} hours that are not published; materialize its windows, or ask for a part at a time."
             )
         if base is not None:
@@ -268,10 +268,10 @@ class Live:
     def _range(self, changelog: ChangeLog, base: View | None, ticket: Ticket) -> tuple[int, int]:
         """The part of a ticket's range that can have events (µs)."""
         now = to_micros(self.buffer.settled_at)
-        start, end = to_micros(ticket.start), min(to_micros(ticket.end), now + 1)
-        if ticket.follow:  # its view says up to which key, whatever the range
-            start, end = min(start, now), now + 1
-        return max(start, self._first(changelog, base)), end
+        start = max(to_micros(ticket.start), self._first(changelog, base))
+        if ticket.follow:  # its view says up to which key, so it has an hour at least
+            return min(start, now), now + 1
+        return start, min(to_micros(ticket.end), now + 1)
 
     def _first(self, changelog: ChangeLog, base: View | None) -> int:
         """Before it nothing is published or read through."""

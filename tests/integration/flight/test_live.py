@@ -382,6 +382,17 @@ def test_what_cannot_be_followed_is_refused(live: Followed, asked: dict[str, Any
         live.client.read(**{"start": "now-1h", "follow": True, **asked})
 
 
+def test_what_settles_is_followed_whatever_was_to_be_published(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with followed(changelog_url, lake, start_server, start=datetime(2030, 1, 1, tzinfo=UTC)) as live:
+        one = Follower(live.client)
+        written = live.write(datetime.now(UTC))
+        eventually(lambda: one.keys == written)
+        one.stream.close()
+        one.ended()
+
+
 def test_a_server_without_a_change_log_does_not_follow(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
     with connect(start_server(lake).url) as client, pytest.raises(TicketError, match="FRAISEQL_DATABASE_URL"):
         client.read(start="now", follow=True)
