@@ -147,15 +147,21 @@ class FlightService:
         return protocol.SchemaResult(schema=stream_schema(ticket.columns, encoding).serialize().to_pybytes()).SerializeToString()
 
     def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
-        """One flight per stretch of published windows without a hole, oldest first; none while the lake is empty."""
-        if _parse(protocol.Criteria, request).expression:
-            raise TicketError("Criteria must be empty; ask GetFlightInfo with a ticket for a part of the events.")
+        """One flight per stretch of published windows without a hole, oldest first; none while the lake is empty.
+
+        Criteria are a ticket, in any of its forms: then each flight is what the ticket asks of a stretch.
+        """
+        expression = _parse(protocol.Criteria, request).expression
+        asked = self._ticket(expression, call) if expression else None
         try:
-            view = self._views.newest()
+            view = self._views.newest() if asked is None else self._views.of(asked)
         except LakeEmpty:
             return
-        for start, end in view.stretches():
-            named = Ticket(start=start, end=end)
+        for first, last in view.stretches():
+            start, end = (first, last) if asked is None else (max(first, asked.start), min(last, asked.end))
+            if start >= end:
+                continue
+            named = Ticket(start=start, end=end) if asked is None else replace(asked, start=start, end=end, follow=False)
             descriptor = protocol.FlightDescriptor(type=protocol.CMD, cmd=named.text.encode())
             yield self._info(descriptor, self._plan(self._chosen(named, call), call, view), call).SerializeToString()
 

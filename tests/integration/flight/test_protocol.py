@@ -72,6 +72,20 @@ def test_the_list_holds_one_flight_per_stretch_without_a_hole(lake: Lake, start_
         assert again == [7, 5]
 
 
+def test_criteria_are_a_ticket_and_list_what_it_asks_of_each_stretch(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    for number in (0, 1, 3):
+        publish(lake, hour(number), lake_events(hour(number), 100))
+    orders = f"events:Order:{hour(1).start.isoformat()}:{hour(9).end.isoformat()}:1000"
+    with flight.connect(start_server(lake).url) as client:
+        listed = list(client.list_flights(orders.encode()))
+        found = [client.do_get(info.endpoints[0].ticket).read_all() for info in listed]
+        assert [set(table["entity_type"].to_pylist()) for table in found] == [{"Order"}, {"Order"}]
+        assert [client.do_get(flight.Ticket(info.descriptor.command)).read_all() for info in listed] == found
+        assert list(client.list_flights(f"events:*:{hour(5).start.isoformat()}:{hour(9).end.isoformat()}:1000".encode())) == []
+        with pytest.raises(pa.ArrowInvalid, match="A ticket must look like"):
+            list(client.list_flights(b"everything"))
+
+
 def test_an_empty_lake_lists_no_flight(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
     with flight.connect(start_server(lake).url) as client:
         assert list(client.list_flights()) == []
