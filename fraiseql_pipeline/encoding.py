@@ -51,8 +51,9 @@ _ENVELOPE_BYTES = 16
 
 PROFILES = ("plain", "compact")
 
-#: How the bodies of a stream's messages are compressed. zstd level 3: compact frames of 10,000 rows take 117 bytes per sample event where
-#: level 1 takes 140 (80 and 99 for the events of the tests), are read as fast, and cost 10 to 40 % more to make, which is done once.
+#: How the bodies of a stream's messages are compressed. zstd level 3: compact frames of 10,000 rows take 52.8 bytes per typical sample event
+#: where level 1 takes 54.9 and level 6 50.3 (wide ones 117 where level 1 takes 140), are read as fast, and are made at 2.3M events/s, at
+#: level 6 at 0.6M.
 CODECS = {
     codec: ipc.IpcWriteOptions(compression=compression, use_threads=False)
     for codec, compression in (("none", None), ("lz4", "lz4"), ("zstd", pa.Codec("zstd", compression_level=3)))
