@@ -53,7 +53,7 @@ def follow(
     while True:
         yield from streams.frames(decided, sender)
         pk = decided.settled_pk or 0
-        yield from receipt_frames(decided.stream_schema, _note(pk), first=True)
+        yield from receipt_frames(decided.stream_schema, _note(pk), first=not sender.has_dictionaries)
         while True:
             over = sender.full or time.monotonic() > deadline or live.closed or not alive()
             if over or to_micros(live.buffer.settled_at) >= decided.span[1]:
@@ -69,7 +69,7 @@ def follow(
                 said = time.monotonic()
             if time.monotonic() - said > HEARTBEAT_SECONDS:
                 said = time.monotonic()
-                yield from receipt_frames(decided.stream_schema, _note(pk), first=True)
+                yield from receipt_frames(decided.stream_schema, _note(pk), first=not sender.has_dictionaries)
         decided = again(replace(decided.ticket, after_pk=pk))
 
 

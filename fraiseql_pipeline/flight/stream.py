@@ -243,6 +243,11 @@ class Sender:
         """Whether the limit of the ticket is reached."""
         return self._left == 0
 
+    @property
+    def has_dictionaries(self) -> bool:
+        """Whether the client was sent dictionaries, which stay in force until they are sent again."""
+        return bool(self._dictionaries)
+
     def send(self, entry: Readable, item: Item, whole: bool) -> Iterator[bytes]:
         """What the client gets of one kept message."""
         if not item.rows:

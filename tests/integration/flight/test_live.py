@@ -314,6 +314,24 @@ def test_followers_get_only_what_they_asked_for(live: Followed, profile: str) ->
         orders.ended()
 
 
+def test_dictionaries_outlast_what_is_said_between_events(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following_module, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(following_module, "_LOOK_SECONDS", 0.01)
+    past = live.write(datetime.now(UTC))
+    live.reaches(past[-1])
+    with connect(live.server.url, profile="compact") as client:
+        one = Follower(client, start="now-1h", columns=["pk", "entity_type", "event_type"])
+        eventually(lambda: one.keys == past)
+        for number in range(2):
+            said = len(one.batches)
+            new = live.write(datetime.now(UTC))
+            eventually(lambda said=said: len(one.batches) > said or one.error is not None)  # type: ignore[misc]
+            assert one.error is None, number
+            assert one.batches[-1].to_pylist() == [{"pk": new[0], "entity_type": "Order", "event_type": "Created"}]
+        one.stream.close()
+        one.ended()
+
+
 def test_a_follower_that_was_cut_goes_on_where_it_was(live: Followed) -> None:
     first = Follower(live.client)
     written = live.write(datetime.now(UTC), 2)
