@@ -27,6 +27,9 @@ from fraiseql_pipeline.flight.stream import encoded
 #: Arrow bytes of the rounds that are kept, the last one aside.
 ROUNDS_BYTES = 8 << 20
 
+#: Ways of asking whose messages a round keeps; followers who ask in yet another way have theirs made for each of them.
+_KEPT_WAYS = 8
+
 #: [start, end) in µs that a follower asks for.
 Times = tuple[int, int]
 
@@ -59,13 +62,15 @@ class Round:
         return sum(batch.nbytes for batch in self.batches)
 
     def entry(self, schema: pa.Schema, encoding: Encoding, wanted: Filter, times: Times, frame_rows: int) -> Kept:
-        """The messages of the events that are wanted; made by the first who asks."""
+        """The messages of the events that are wanted; made by the first who asks, as long as there are few ways of asking."""
         span = None if self._within(times) else times
         key = (tuple(schema.names), str(encoding), wanted, span, frame_rows)
         with self._lock:
             if (kept := self._kept.get(key)) is None:
                 messages = encoded(self._segments(schema.names, wanted, span), schema, encoding.codec, frame_rows)
-                kept = self._kept[key] = Kept(list(messages))
+                kept = Kept(list(messages))
+                if len(self._kept) < _KEPT_WAYS:
+                    self._kept[key] = kept
             return kept
 
     def _within(self, times: Times) -> bool:

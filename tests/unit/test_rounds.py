@@ -48,6 +48,20 @@ def test_what_is_asked_for_twice_is_encoded_once() -> None:
     assert one.entry(schema, encoding, Filter(("Order",)), EVER, 1_000) is not one.entry(schema, encoding, Filter(), EVER, 1_000)
 
 
+def test_a_round_keeps_the_messages_of_a_few_ways_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_WAYS", 2)
+    one, encoding = Round(500, (batch(),)), Encoding()
+    schema = stream_schema((), encoding)
+
+    def asked(name: str) -> object:
+        return one.entry(schema, encoding, Filter((name,)), EVER, 1_000)
+
+    first, second, third = asked("Order"), asked("User"), asked("Product")
+    assert asked("Order") is first
+    assert asked("User") is second
+    assert asked("Product") is not third
+
+
 def test_times_cut_through_a_round() -> None:
     events, encoding = batch(), Encoding()
     at = events["timestamp"].cast(pa.int64())
