@@ -7,6 +7,7 @@ validation rules, the order of a run, Flight.
     storage      a directory or an object store: staging, fsync, log entries
     content      the content hash
     parquet      rows → files: encodings, row groups, statistics
+    entry        one entry of a log: what it adds, removes and states
     table        one Delta table: following its log, adding an entry, checkpoints
     staging      a window on its way in
     rewrite      files that hold more than one window
@@ -17,11 +18,11 @@ validation rules, the order of a run, Flight.
     lake         the door
 """
 
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
 from fraiseql_pipeline.lake.lake import Lake
 from fraiseql_pipeline.lake.parquet import write_file
 from fraiseql_pipeline.lake.read import Opens, Snapshot, file_errors
 from fraiseql_pipeline.lake.staging import Staged
-from fraiseql_pipeline.lake.table import File
 
 __all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Opens", "Snapshot", "Staged", "file_errors", "write_file"]

@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeDamaged, LakeError
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit, Finding
 from fraiseql_pipeline.lake.storage import LOG, LocalStorage, entry_name
-from fraiseql_pipeline.lake.table import File, Table, micros
+from fraiseql_pipeline.lake.table import Table, micros
 from fraiseql_pipeline.window import Window
 
 _ENTRY = re.compile(rf"{LOG}/(\d{{20}})\.json")

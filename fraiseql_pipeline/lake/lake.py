@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from fraiseql_pipeline.errors import LakeEmpty
 from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
 from fraiseql_pipeline.lake.fsck import examine
 from fraiseql_pipeline.lake.maintenance import Maintenance, maintain
@@ -21,7 +22,7 @@ from fraiseql_pipeline.lake.publish import Publisher
 from fraiseql_pipeline.lake.read import Snapshot, read_rejected
 from fraiseql_pipeline.lake.staging import Staged
 from fraiseql_pipeline.lake.storage import storage_for
-from fraiseql_pipeline.lake.table import File, Table, current, micros
+from fraiseql_pipeline.lake.table import Table, current, micros
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, as_utc, tile
 

@@ -21,12 +21,13 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.publish import ATTEMPTS
 from fraiseql_pipeline.lake.read import Snapshot
 from fraiseql_pipeline.lake.rewrite import conformed
 from fraiseql_pipeline.lake.storage import LOG, storage_errors
-from fraiseql_pipeline.lake.table import File, Table
+from fraiseql_pipeline.lake.table import Table
 
 #: Checkpoints that stay: a reader that has just read the pointer may still open an older one.
 _KEPT_CHECKPOINTS = 20

@@ -29,11 +29,12 @@ import xxhash
 
 from fraiseql_pipeline.errors import LakeConflict, LakeError, WindowShrinks
 from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit, Facts, Outcome
 from fraiseql_pipeline.lake.parquet import NewFile
 from fraiseql_pipeline.lake.rewrite import Rewriter
 from fraiseql_pipeline.lake.staging import Staged
-from fraiseql_pipeline.lake.table import File, Table
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.window import Window, WindowSize
 
 #: 4 processes that replaced one window 25 times each as fast as they could lost 113 races for 100 commits.

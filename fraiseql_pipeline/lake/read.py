@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, QUARANTINE_SCHEMA
+from fraiseql_pipeline.lake.entry import PARTITION, File
 from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import ROW_GROUP_ROWS
-from fraiseql_pipeline.lake.table import PARTITION, File
 from fraiseql_pipeline.window import Window, as_utc
 
 #: Rows of overlapping row groups that may be in memory together; beyond, the region is read in slices of time.

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeDamaged
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.storage import storage_errors
-from fraiseql_pipeline.lake.table import File, Table, micros
+from fraiseql_pipeline.lake.table import Table, micros
 from fraiseql_pipeline.window import Window, WindowSize
 
 _BATCH_ROWS = 16_384

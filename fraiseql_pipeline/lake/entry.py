@@ -1,0 +1,116 @@
+"""One entry of a table's log: what a commit adds, removes and states.
+
+What lives here: ``File``, ``Entry``, and its two ways into a log: as text for local disks, through delta-rs for object stores. What must not:
+which version it becomes, and what happens when another writer has taken it (``table.py``).
+
+Source of the format: the Delta protocol, "Actions" (https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions); reader 1, writer 2.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.transaction import AddAction, RemoveAction
+
+from fraiseql_pipeline.lake.facts import KEY
+from fraiseql_pipeline.lake.parquet import NewFile
+
+PARTITION = "event_date"
+ENGINE = "fraiseql-pipeline"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An active data file. Its rows lie in [``low``, ``high``] (microseconds, inclusive); ``None`` where the log does not say."""
+
+    path: str
+    date: str
+    size: int
+    rows: int | None
+    low: int | None
+    high: int | None
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether a row may lie in [start, end)."""
+        return (self.low is None or self.low < end) and (self.high is None or self.high >= start)
+
+    def within(self, start: int, end: int) -> bool:
+        """Whether every row certainly lies in [start, end)."""
+        return self.low is not None and self.high is not None and self.low >= start and self.high < end
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """``stated`` is our object in ``commitInfo``; ``app_id`` is the transaction that gets the entry's version as its own, if there is one.
+
+    ``data_change``: False for a compaction, which moves rows and changes none.
+    """
+
+    adds: Sequence[NewFile]
+    removes: Sequence[File]
+    stated: Mapping[str, Any]
+    app_id: str | None
+    data_change: bool = True
+
+    def text(self, version: int) -> bytes:
+        """The entry as version ``version``: an action per line."""
+        now_ms = time.time_ns() // 1_000_000
+        actions: list[dict[str, Any]] = [
+            {
+                "commitInfo": {
+                    "timestamp": now_ms,
+                    "operation": "WRITE" if self.data_change else "OPTIMIZE",
+                    "operationParameters": {"mode": "Append", "partitionBy": json.dumps([PARTITION])},
+                    "readVersion": version - 1,
+                    "isBlindAppend": False,
+                    "engineInfo": ENGINE,
+                    KEY: self.stated,
+                }
+            }
+        ]
+        if self.app_id is not None:
+            actions.append({"txn": {"appId": self.app_id, "version": version, "lastUpdated": now_ms}})
+        actions += [
+            {
+                "remove": {
+                    "path": file.path,
+                    "deletionTimestamp": now_ms,
+                    "dataChange": self.data_change,
+                    "extendedFileMetadata": True,
+                    "partitionValues": {PARTITION: file.date},
+                    "size": file.size,
+                }
+            }
+            for file in self.removes
+        ]
+        actions += [{"add": file.add(self.data_change)} for file in self.adds]
+        return "\n".join(json.dumps(action, separators=(",", ":"), ensure_ascii=False) for action in actions).encode()
+
+    def write(self, opened: DeltaTable, version: int) -> None:
+        """Commit the entry through a handle of version - 1. Raises what deltalake raises, ``CommitFailedError`` if any entry came between."""
+        now_ms = time.time_ns() // 1_000_000
+        actions: list[AddAction | RemoveAction] = [
+            AddAction(file.path, file.size, {PARTITION: file.date}, file.written_ms, self.data_change, file.stats)
+            for file in self.adds
+        ]
+        actions += [
+            RemoveAction(file.path, self.data_change, now_ms, partition_values={PARTITION: file.date}, size=file.size)
+            for file in self.removes
+        ]
+        opened.create_write_transaction(
+            actions,
+            "append",
+            opened.schema(),
+            partition_by=[PARTITION],
+            commit_properties=CommitProperties(
+                custom_metadata={KEY: dict(self.stated)},
+                max_commit_retries=0,
+                app_transactions=None if self.app_id is None else [Transaction(self.app_id, version)],
+            ),
+            post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
+        )
