@@ -165,8 +165,7 @@ class Live:
             self._moved.notify_all()
 
     def _check_identity(self, identity: str) -> None:
-        published = self._lake.published()
-        newest = max(published.values(), key=lambda commit: commit.settled_pk, default=None)
+        newest = self._lake.newest()
         if newest is not None and newest.identity != identity:
             raise SourceRefused(
                 "The change log is not the one the lake was published from (another cluster, timeline or table); check FRAISEQL_DATABASE_URL."

@@ -25,6 +25,8 @@ from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, as_utc
 from tests.end_to_end.test_completeness import FastClock, publish
+from tests.integration.flight.conftest import publish as publish_from_elsewhere
+from tests.support.events import lake_events
 from tests.support.reading import execute, insert
 from tests.support.writers import Writers
 
@@ -409,6 +411,16 @@ def test_what_settles_is_followed_whatever_was_to_be_published(
         eventually(lambda: one.keys == written)
         one.stream.close()
         one.ended()
+
+
+def test_a_log_the_lake_was_not_published_from_is_not_followed(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    publish_from_elsewhere(lake, Window(LAST, WindowSize.HOUR), lake_events(Window(LAST, WindowSize.HOUR), 10))
+    with connect(start_server(lake, database_url=changelog_url, start=LAST).url) as client:
+        assert client.read(start=LAST).num_rows == 10, "the lake is served all the same"
+        with pytest.raises(FlightUnavailable, match="cannot be followed right now"):
+            client.read(start="now", follow=True)
 
 
 def test_a_server_without_a_change_log_does_not_follow(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
