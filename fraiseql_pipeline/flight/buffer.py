@@ -112,9 +112,9 @@ class Buffer:
         for number, part in _by_hour(batch):
             with self._lock:
                 hour = self._hours.setdefault(number, _Hour(number, self.started_pk))
-            if hour.validator is None:
-                hour.validator = Validator(window_of(number))
-            accepted = hour.validator.check(part).accepted
+            # Held here: a reader who sees the hour published takes it away from the hour at any time.
+            validator = hour.validator = hour.validator or Validator(window_of(number))
+            accepted = validator.check(part).accepted
             if accepted.num_rows:
                 taken.append((number, accepted))
         with self._lock:

@@ -72,7 +72,6 @@ class View:
         if not found:
             raise LakeEmpty("Nothing is published in the lake yet; run fraiseql-pipeline materialize first.")
         self.spans = found
-        self.windows = [span.window for span in found]
         self.starts = [span.start for span in found]
         self.ends = [span.end for span in found]
         self.reaches = list(accumulate(self.ends, max))
@@ -124,7 +123,7 @@ class View:
         return found
 
     def covered(self, start: int, end: int) -> tuple[int, int]:
-        """The windows that touch [start, end), as positions in ``windows``; among them may be some that do not, where sizes are mixed."""
+        """The windows that touch [start, end), as positions in ``spans``; among them may be some that do not, where sizes are mixed."""
         return bisect_right(self.reaches, start), bisect_left(self.starts, end)
 
     def uncovered(self, start: int, end: int) -> list[tuple[int, int]]:
