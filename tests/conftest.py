@@ -109,7 +109,8 @@ def new_database(server: str, template: str) -> Iterator[tuple[str, str]]:
     """Name and URL of a fresh database, for fixtures that live longer than a test."""
     name = f"test_{uuid.uuid4().hex[:16]}"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} ENCODING 'UTF8' STRATEGY wal_log")
+        copied = " STRATEGY wal_log" if connection.info.server_version >= 150000 else ""  # the quicker way
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} ENCODING 'UTF8'{copied}")
     try:
         yield name, embedded.database_url(server, name)
     finally:

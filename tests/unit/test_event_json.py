@@ -212,6 +212,23 @@ def test_lines_of_every_length_are_found() -> None:
         assert [row["entity_type"] for row in rows] == ["x" * filling, "Order", "Order"]
 
 
+def test_lines_that_have_no_distance_in_common_are_found() -> None:
+    # So many that most lines are not among those whose distances are learned.
+    texts = ["x" * n for n in range(150)]
+    different = [line(data={"a": x}, changes={"a": x}, user_id=x, entity_type=f"T{x}", schema_version=x) for x in texts]
+    assert is_quick(*different)
+    rows, rejected = read(b"\n".join(different))
+    assert (rows, rejected) == one_by_one(b"\n".join(different))
+    assert [row["user_id"] for row in rows] == texts
+
+
+def test_a_payload_that_ends_like_an_event_is_not_cut_at_its_keys() -> None:
+    tail = line().decode()[line().index(b',"changes":') :]
+    text = b"\n".join([*[line()] * 40, with_data('{"a":1' + tail, user_id="own"), *[line()] * 40])
+    assert read(text) == one_by_one(text)
+    assert read(text)[0][40]["user_id"] == "own"
+
+
 def test_the_order_of_lines_is_kept_over_both_ways_and_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_CHUNK_BYTES", 5000)
     spaced = (", ", ": ")
