@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import os
 import secrets
 import tempfile
 import weakref
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fraiseql_pipeline.errors import ValidationHalted
+from fraiseql_pipeline.errors import PipelineError, ValidationHalted
 
 #: Rows of a batch, by number.
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -129,10 +130,16 @@ class EventIds:
         first, self._admitted = self._admitted, self._admitted + len(hashes)
         if self._admitted > 1 << 32:
             raise ValidationHalted(
-                "A window must not hold more than 4,294,967,296 events; use hourly windows. Nothing was written."
+                "A window must not hold more than 4,294,967,296 events; use hourly windows. Nothing of it was written."
             )
-        self._texts.seek(first * _UUID_BYTES)
-        self._texts.write(texts[kept].tobytes())
+        try:
+            self._texts.seek(first * _UUID_BYTES)
+            self._texts.write(texts[kept].tobytes())
+        except OSError as error:  # at ``_SPILL_BYTES`` a file is made
+            why = os.strerror(error.errno) if error.errno else type(error).__name__
+            raise PipelineError(
+                f"The ids of a window could not be kept in the temporary directory ({why}); set TMPDIR to one that can be written."
+            ) from None
         run = np.sort(hashes << np.uint64(32) | np.arange(first, self._admitted, dtype=np.uint64))
         while self._runs and len(self._runs[-1]) < 2 * len(run) and len(self._runs[-1]) + len(run) <= self._RUN_IDS:
             run = np.concatenate([self._runs.pop(), run])

@@ -1,7 +1,7 @@
 """Materialize: the only place that knows the order in which a window is read, validated, stored and published.
 
 What lives here: that order, and what a run tells about it. What must not: SQL (``changelog/``), rules (``validate.py``), Delta
-(``lake/``), an orchestrator (``assets/``, ``airflow/``).
+(``lake/``), an orchestrator (``assets/``).
 
 Invariants
  1. One settlement serves a whole run, and it is taken before the first read; nothing is published without one.
@@ -9,6 +9,7 @@ Invariants
  3. Reading, validating and encoding one window overlap on threads of their own, joined by queues of a few batches, so memory does
     not grow with the window.
  4. The first failure ends a run; windows committed before it stay committed, and running again repeats nothing that is published.
+    Of late events, a window that is refused keeps no other one waiting: its error ends the run after all of them.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import pyarrow as pa
 
 from fraiseql_pipeline.changelog import Audit, ChangeLog, Settlement
-from fraiseql_pipeline.errors import PipelineError, SourceRefused, WindowError
+from fraiseql_pipeline.errors import LakeError, PipelineError, SourceRefused, ValidationHalted, WindowError
 from fraiseql_pipeline.lake import Commit, Facts, Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.validate import Validation, Validator, check_share
 from fraiseql_pipeline.window import Window
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 #: After this many batches, what was freed goes back to the system. The batches of a read are freed by other threads than the one that made
@@ -85,7 +87,7 @@ def materialize(
     changelog.preflight()
     settlement = changelog.settle(ordered[-1].end)
     if not force:
-        _check_same_source(known, settlement)
+        check_same_source(known, settlement)
     if ordered[-1].end > settlement.settled_at:
         raise WindowError(
             f"Window {ordered[-1].key} has not ended yet (the database's clock says {settlement.settled_at:%Y-%m-%d %H:%M:%S} UTC); "
@@ -117,27 +119,37 @@ def merge_late(
     Rows are only ever added, so a source that has deleted old rows loses nothing of the lake.
     """
     published = lake.published()
-    wanted = published if windows is None else {w: c for w, c in published.items() if w in set(windows)}
-    if not wanted:
+    if windows is not None:
+        published = {window: published[window] for window in sorted(set(windows) & published.keys())}
+    if not published:
         return []
     newest = lake.newest()  # before settling, as above
     changelog.preflight()
-    late = changelog.late({w: c.settled_pk for w, c in wanted.items()})
+    late = changelog.late({window: commit.settled_pk for window, commit in published.items()})
     if not late:
         return []
     settlement = changelog.settle(max(item.window.end for item in late))
-    _check_same_source(newest, settlement)
+    check_same_source(newest, settlement)
     run = run_id or str(uuid.uuid4())
 
-    def one(window: Window) -> Materialization:
-        known = _known_ids(lake, window)
-        after = wanted[window].settled_pk
-        done = _publish(window, settlement, settings, changelog, lake, run, after_pk=after, known_ids=known)
+    refused: list[tuple[Window, PipelineError]] = []
+
+    def one(window: Window) -> Materialization | None:
+        try:
+            done = _publish(window, settlement, settings, changelog, lake, run, onto=published[window])
+        except (ValidationHalted, LakeError) as error:
+            if error.retryable:
+                raise
+            refused.append((window, error))
+            return None
         if on_window is not None:
             on_window(done)
         return done
 
-    return _each(one, sorted(item.window for item in late), jobs)
+    merged = [done for done in _each(one, sorted(item.window for item in late), jobs) if done is not None]
+    if refused:
+        raise min(refused, key=lambda each: each[0])[1]
+    return merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +186,15 @@ def _publish(
     *,
     force: bool = False,
     allow_shrink: bool = False,
-    after_pk: int | None = None,
-    known_ids: pa.Array | None = None,
+    onto: Commit | None = None,
 ) -> Materialization:
+    """Reads, judges, stores and commits one window; ``onto``: only what settled since that commit, merged into it."""
     began = time.perf_counter()
     seconds: defaultdict[str, float] = defaultdict(float)
     reasons: Counter[str] = Counter()
     source_rows = 0
-    validator = Validator(window, known_ids)
+    after_pk = None if onto is None else onto.settled_pk
+    validator = Validator(window, () if onto is None else _known_ids(lake, window))
 
     def validated(batches: Iterator[pa.RecordBatch]) -> Generator[Validation | None]:
         nonlocal source_rows
@@ -200,7 +213,7 @@ def _publish(
             validator.confirm()
 
     with lake.stage(window) as staged:
-        with changelog.read(window, settlement, after_pk=after_pk) as batches, _ahead(validated(batches)) as validations:
+        with _ahead(changelog.read(window, settlement, after_pk=after_pk), validated) as validations:
             for number, validation in enumerate(validations, 1):
                 with _clock(seconds, "encode"):
                     if validation is None:
@@ -213,7 +226,15 @@ def _publish(
                     # The driver's buffers come from malloc, whatever Arrow's own pool is; this asks malloc.
                     pa.system_memory_pool().release_unused()
         _check_counts(window, source_rows, staged.accepted_rows, staged.quarantined_rows)
-        check_share(window, staged.accepted_rows, staged.quarantined_rows, dict(reasons), settings.max_rejected_share)
+        # A few late rows are not judged by themselves: the share is one of the whole window.
+        accepted, quarantined = (0, 0) if onto is None else (onto.accepted_rows, onto.quarantined_rows)
+        check_share(
+            window,
+            accepted + staged.accepted_rows,
+            quarantined + staged.quarantined_rows,
+            reasons + Counter({} if onto is None else onto.reasons),
+            settings.max_rejected_share,
+        )
         facts = Facts(
             settled_pk=settlement.settled_pk,
             state=settlement.state_of(window),
@@ -223,12 +244,13 @@ def _publish(
             source_rows=source_rows,
         )
         with _clock(seconds, "commit"):
-            commit = lake.commit(staged, facts, force=force, allow_shrink=allow_shrink, append=after_pk is not None)
+            commit = lake.commit(staged, facts, force=force, allow_shrink=allow_shrink, append=onto is not None)
     seconds["total"] = time.perf_counter() - began
     return Materialization(window, commit, dict(reasons), dict(seconds))
 
 
-def _check_same_source(known: Commit | None, settlement: Settlement) -> None:
+def check_same_source(known: Commit | None, settlement: Settlement) -> None:
+    """Raises ``SourceRefused`` where a settlement is of another change log than the lake's newest commit, or of less of it."""
     if known is None or (known.identity == settlement.identity and known.settled_pk <= settlement.settled_pk):
         return
     what = (
@@ -250,12 +272,11 @@ def _check_counts(window: Window, read: int, accepted: int, quarantined: int) ->
         )
 
 
-def _known_ids(lake: Lake, window: Window) -> pa.Array:
-    chunks = [batch.column(0) for batch in lake.read(window.start, window.end, columns=["event_id"])]
-    return pa.chunked_array(chunks, pa.string()).combine_chunks()
+def _known_ids(lake: Lake, window: Window) -> Iterator[pa.Array]:
+    return (batch.column(0) for batch in lake.read(window.start, window.end, columns=["event_id"]))
 
 
-def _each(one: Callable[[Window], Materialization], windows: Sequence[Window], jobs: int) -> list[Materialization]:
+def _each(one: Callable[[Window], _T], windows: Sequence[Window], jobs: int) -> list[_T]:
     if jobs <= 1 or len(windows) <= 1:
         return [one(window) for window in windows]
     with ThreadPoolExecutor(jobs, thread_name_prefix="window") as pool:
@@ -286,11 +307,13 @@ class _Broken:
 
 
 @contextmanager
-def _ahead(items: Generator[_T], depth: int = _AHEAD) -> Iterator[Iterator[_T]]:
-    """``items``, produced by a thread of its own that is at most ``depth`` items ahead.
+def _ahead(
+    source: AbstractContextManager[_S], work: Callable[[_S], Generator[_T]], depth: int = _AHEAD
+) -> Iterator[Iterator[_T]]:
+    """What ``work`` makes of what ``source`` gives, by a thread of its own that is at most ``depth`` items ahead.
 
-    An error of the thread is raised where its item would have come. Leaving the block stops the thread and waits for it, so nothing
-    reads on behind the caller's back.
+    An error of the thread is raised where its item would have come. Leaving the block stops the thread, closes the source and then waits
+    for the thread: a source that says nothing holds nobody up, and nothing reads on behind the caller's back.
     """
     waiting: queue.Queue[object] = queue.Queue(depth)
     stop = threading.Event()
@@ -301,9 +324,9 @@ def _ahead(items: Generator[_T], depth: int = _AHEAD) -> Iterator[Iterator[_T]]:
                 waiting.put(item, timeout=0.05)
                 return
 
-    def produce() -> None:
+    def produce(given: _S) -> None:
         try:
-            with closing(items):
+            with closing(work(given)) as items:
                 for item in items:
                     put(item)
                     if stop.is_set():
@@ -318,11 +341,16 @@ def _ahead(items: Generator[_T], depth: int = _AHEAD) -> Iterator[Iterator[_T]]:
                 raise item.error
             yield cast("_T", item)
 
-    thread = threading.Thread(target=produce, name="ahead", daemon=True)
-    thread.start()
+    thread = None
     try:
-        with closing(consume()) as consumer:
-            yield consumer
+        with source as given:
+            thread = threading.Thread(target=produce, args=[given], name="ahead", daemon=True)
+            thread.start()
+            try:
+                with closing(consume()) as consumer:
+                    yield consumer
+            finally:
+                stop.set()
     finally:
-        stop.set()
-        thread.join()
+        if thread is not None:
+            thread.join()

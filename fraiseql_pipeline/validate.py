@@ -82,20 +82,19 @@ class Span(Protocol):
 class Validator:
     """Judges the batches of one window, in (timestamp, pk) order; it remembers the ids it accepted. One thread at a time.
 
-    ``confirm`` after the last batch, before anything is published. ``known_ids``: string array of event ids that the window already holds
+    ``confirm`` after the last batch, before anything is published. ``known_ids``: string arrays of event ids that the window already holds
     (a late merge); they count as accepted.
     """
 
-    def __init__(self, window: Span, known_ids: pa.Array | pa.ChunkedArray | None = None) -> None:
+    def __init__(self, window: Span, known_ids: Iterable[pa.Array] = ()) -> None:
         self._window = window
         self._seen = EventIds()
         self._verdicts: defaultdict[str, _Verdicts] = defaultdict(dict)
         self._doubts: defaultdict[str, list[_Doubt]] = defaultdict(list)
         self._doubtful_bytes = 0
-        if known_ids is not None:
-            for chunk in known_ids.chunks if isinstance(known_ids, pa.ChunkedArray) else [known_ids]:
-                ids = chunk.cast(pa.string()).drop_null()
-                self._seen.admit(ids.filter(pc.match_substring_regex(ids, UUID_PATTERN)))
+        for known in known_ids:
+            ids = known.cast(pa.string()).drop_null()
+            self._seen.admit(ids.filter(pc.match_substring_regex(ids, UUID_PATTERN)))
 
     def check(self, batch: pa.RecordBatch) -> Validation:
         """Split a batch of ``BATCH_SCHEMA``; raises ``ValidationHalted`` if its columns are not that, or if counts do not add up."""
@@ -215,7 +214,8 @@ def check_share(
     counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
     raise ValidationHalted(
         f"Window {window} is halted: {quarantined_rows:,} of {rows:,} events were rejected, more than the share of "
-        f"{max_rejected_share:g} that FRAISEQL_MAX_REJECTED_SHARE allows ({counts}). Nothing was written; look at the producer, or raise the limit."
+        f"{max_rejected_share:g} that FRAISEQL_MAX_REJECTED_SHARE allows ({counts}). Nothing of it was written; look at the producer, or raise the limit.",
+        window=window.key,
     )
 
 

@@ -4,7 +4,7 @@ What lives here: how a session is set up, the short control connection (psycopg)
 errors into ours. What must not: a statement about events (``preflight.py``, ``settle.py``, ``late.py``), the data stream (``read.py``).
 
 Invariants
- 1. Every session of ours is autocommit and reads UTC and ISO whatever the server, the role or the database say, and with
+ 1. Every session of ours is autocommit and reads UTF-8, UTC and ISO whatever the server, the role or the database say, and with
     ``row_security`` off: Postgres then refuses where it would otherwise filter.
  2. No message repeats a DSN, a host, a server's path, SQL or a value; Postgres' own texts carry all of them, so none is passed on.
 """
@@ -29,6 +29,7 @@ TABLE = "core.tb_entity_change_log"
 #: What every session sets. Sent as statements after connecting, not as start-up options, which poolers refuse.
 SESSION: dict[str, str] = {
     "application_name": "fraiseql-pipeline",
+    "client_encoding": "UTF8",
     "TimeZone": "UTC",
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",
@@ -43,6 +44,11 @@ SESSION: dict[str, str] = {
     "idle_in_transaction_session_timeout": "600s",
     "jit": "off",
 }
+
+#: Postgres 17 and later can end a transaction by its age; a window takes as long as it takes, and the statement's own time-out bounds it.
+NO_TRANSACTION_TIMEOUT = (
+    "CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL THEN set_config('transaction_timeout', '0', {local}) END"
+)
 
 #: A dead network must end a read instead of blocking it for ever: libpq's parameters, added where the URL does not set them.
 KEEPALIVE: dict[str, str] = {
@@ -63,7 +69,8 @@ def sql(name: str) -> str:
 
 def session_statements() -> str:
     """The statements that set a session up (invariant 1), as one text without parameters."""
-    return "; ".join(f"SET {name} = '{value}'" for name, value in SESSION.items())
+    settings = [f"SET {name} = '{value}'" for name, value in SESSION.items()]
+    return "; ".join([*settings, f"SELECT {NO_TRANSACTION_TIMEOUT.format(local='false')}"])
 
 
 def parameters(url: str) -> dict[str, Any]:
@@ -122,6 +129,11 @@ _CONNECT_FAILURES: tuple[tuple[str, type[SourceError], str], ...] = (
     (r"role .* is not permitted to log in", SourceRefused, "does not let this role log in"),
     (r"database .* does not exist", SourceRefused, "has no database of that name"),
     (r"permission denied for database", SourceRefused, "does not let this role connect to the database"),
+    (
+        r"SSL SYSCALL|(closed|eof)\b.* unexpectedly|unexpected eof|EOF detected|reset by peer",
+        SourceUnavailable,
+        "ended the connection",
+    ),
     (r"certificate|SSL", SourceRefused, "and this machine could not agree on TLS"),
     (
         r"could not translate host name|Name or service not known|failed to resolve host",
@@ -166,7 +178,8 @@ def explain_sqlstate(code: str) -> SourceError:
         return SourceRefused(
             f"The role may not read {TABLE} in full (42501); grant it USAGE on schema core, SELECT on the table and BYPASSRLS."
         )
-    # 08 connection, 40 rollback (recovery conflict), 53 resources, 57P operator intervention, 58 system errors
-    if code[:2] in {"08", "40", "53", "58"} or code.startswith("57P"):
+    # 08 connection, 25P03 and 25P04 a session or transaction ended for its age, 40 rollback (recovery conflict), 53 resources,
+    # 57P operator intervention, 58 system errors
+    if code[:2] in {"08", "40", "53", "58"} or code.startswith("57P") or code in {"25P03", "25P04"}:
         return SourceUnavailable(f"Postgres ended the work (SQLSTATE {code}); run again.")
     return SourceRefused(f"Postgres refused a statement of ours (SQLSTATE {code}); the server's log has the details.")

@@ -27,10 +27,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode
 
 import psycopg
 
+from fraiseql_pipeline.changelog.connection import parameters
 from fraiseql_pipeline.errors import SettingsError, SourceUnavailable
 
 #: Where the embedded server of a checkout lives, from the working directory.
@@ -80,12 +81,21 @@ def start(data: Path = DATA, configuration: Mapping[str, str] | None = None) -> 
                 server.stop()
 
 
+def exists(data: Path = DATA) -> bool:
+    """Whether a server was ever started on a data directory, which says nothing of what it holds."""
+    with suppress(PermissionError):  # of another user
+        return (data / "PG_VERSION").exists()
+    return False
+
+
 def database_url(server_url: str, database: str, user: str | None = None) -> str:
-    """The URL of another database of the same server, also under another role."""
-    parts = urlsplit(server_url)
-    if user is not None:
-        parts = parts._replace(netloc=f"{quote(user, safe='')}@{parts.netloc.rpartition('@')[2]}")
-    return parts._replace(path=f"/{quote(database, safe='')}").geturl()
+    """The URL of another database of the same server, also under another role. What the given one says in its query, this one says too."""
+    given = parameters(server_url)
+    given.pop("dbname", None)
+    own = given.pop("user", None)
+    role = own if user is None else user
+    authority = "" if role is None else f"{quote(role, safe='')}@"
+    return f"postgresql://{authority}/{quote(database, safe='')}?{urlencode(given, quote_via=quote)}"
 
 
 class _Server:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Protocol
 
 import polars as pl
@@ -32,9 +32,6 @@ from fraiseql_pipeline.changelog.binary import copied
 from fraiseql_pipeline.changelog.connection import TABLE, connect, sql, translated
 from fraiseql_pipeline.changelog.contract import ACCEPTED_TYPES
 from fraiseql_pipeline.errors import InputError, SourceRefused
-
-#: How many events the embedded log gets when nobody fills it on purpose.
-EMBEDDED_EVENTS = 300_000
 
 #: Told after every slice how many events it wrote.
 Progress = Callable[[int], None]
@@ -90,7 +87,10 @@ def write_sample(
     create_contract(changelog.url)
     with _writing(changelog.url) as connection:
         if not append and connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone():
-            raise SourceRefused("The change log already holds events; write samples into an empty database, or ask to append them.")
+            raise SourceRefused(
+                "The change log already holds events, and samples are written into an empty one only; name an empty database in "
+                "FRAISEQL_DATABASE_URL, or remove .fraiseql/ to begin anew with the embedded one."
+            )
         _check_types(connection)
         planned = sample.plan(events, days=days, end=end, seed=seed, shape=shape)
         with (
@@ -111,21 +111,26 @@ def create_contract(url: str) -> None:
             connection.execute(sql("contract"))
 
 
-def embedded_changelog(server_url: str, events: int, progress: Progress | None = None) -> str:
-    """URL of the change log on the embedded server, created and filled with so many events of the last two days at first use."""
-    with _writing(server_url) as connection, suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
-        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_DATABASE]).fetchone():
-            connection.execute(f"CREATE DATABASE {_DATABASE}")
+def embedded_changelog(server_url: str, *, create: bool) -> str | None:
+    """URL of the change log on the embedded server; None where it has none that holds events. ``create`` makes an empty one instead."""
     url = embedded.database_url(server_url, _DATABASE)
-    create_contract(url)
-    if events:
-        with connect(url) as connection:
-            # Held while filling, so that processes started together fill once.
-            connection.execute("SELECT pg_advisory_lock(hashtext('fraiseql-pipeline sample'))")
-            if not connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone():
-                end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-                write_sample(_Url(url), events, end=end, progress=progress)
-    return url
+    if create:
+        with _writing(server_url) as connection, suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
+            if not _has_database(connection):
+                connection.execute(f"CREATE DATABASE {_DATABASE}")
+        create_contract(url)
+        return url
+    with connect(server_url) as connection:
+        if not _has_database(connection):
+            return None
+    with connect(url) as connection:
+        if connection.execute(f"SELECT to_regclass('{TABLE}')").fetchone() == (None,):
+            return None
+        return url if connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone() else None
+
+
+def _has_database(connection: psycopg.Connection[Any]) -> bool:
+    return connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_DATABASE]).fetchone() is not None
 
 
 @contextmanager
@@ -141,11 +146,6 @@ def scratch_database(server_url: str) -> Iterator[str]:
     finally:
         with _writing(server_url) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Url:
-    url: str
 
 
 @contextmanager

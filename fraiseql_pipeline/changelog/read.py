@@ -85,13 +85,15 @@ class Readers:
     ) -> Iterator[Iterator[pa.RecordBatch]]:
         """The events of a window with ``after_pk < pk <= settled_pk``: batches of ``BATCH_SCHEMA`` in the order (timestamp, pk).
 
-        Reading starts at once and runs ahead of the iterator, which hands out no empty batch. An event that
+        Reading starts at once and runs ahead of the iterator, which hands out no empty batch. Leaving the block ends it, also for a thread
+        that waits for a batch. An event that
         Postgres cannot send comes without its JSON and with ``raw`` set. Raises ``SourceUnavailable`` when the stream breaks or stalls, ``SourceRefused``
         when Postgres will not let it be read.
         """
         whole = Part(to_us(window.start), to_us(window.end), settled_pk, after_pk)
         started = time.monotonic()
         reading = Reading(self, Statements(contract), whole, self._settings)
+        changing, over = threading.Lock(), False
 
         def batches() -> Iterator[pa.RecordBatch]:
             nonlocal reading
@@ -105,11 +107,16 @@ class Readers:
                         raise
                 reading.stop()
                 time.sleep(pause)
-                reading = Reading(self, Statements(contract), whole, self._settings)
+                with changing:
+                    if over:
+                        return
+                    reading = Reading(self, Statements(contract), whole, self._settings)
 
         try:
             yield batches()
         finally:
+            with changing:
+                over = True
             reading.stop()
 
     def open(self, *, free_plan: bool = False, snapshot: str | None = None) -> Session:
@@ -306,6 +313,8 @@ class Reading:
             while True:
                 if self._error is not None:
                     raise self._error
+                if self._stopped:  # by another thread than the one that waits here
+                    raise SourceUnavailable("The read of the change log was stopped.")
                 if self._slots is not None:
                     if self._head == len(self._slots):
                         return None

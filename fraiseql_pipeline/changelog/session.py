@@ -25,7 +25,7 @@ from adbc_driver_manager import AdbcConnection, AdbcStatement
 from adbc_driver_manager._reader import AdbcRecordBatchReader  # the only reader that keeps the SQLSTATE of an error
 from psycopg.conninfo import make_conninfo
 
-from fraiseql_pipeline.changelog.connection import SESSION, explain_sqlstate, explain_text, parameters
+from fraiseql_pipeline.changelog.connection import NO_TRANSACTION_TIMEOUT, SESSION, explain_sqlstate, explain_text, parameters
 from fraiseql_pipeline.errors import SourceError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import BATCH_SCHEMA
 
@@ -85,7 +85,8 @@ class Session:
             **({} if free_plan else _IN_ORDER),
             "statement_timeout": f"{max(1, int(timeout_seconds * 1000))}ms",
         }
-        self.ask("SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items()))
+        set_all = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+        self.ask(f"SELECT {set_all}, {NO_TRANSACTION_TIMEOUT.format(local='true')}")
 
     def export(self) -> str:
         """Name of this transaction's snapshot, for ``begin`` of others as long as this transaction is open; before ``protect``."""

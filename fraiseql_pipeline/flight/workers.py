@@ -129,7 +129,7 @@ class _Fleet:
         receiving, sending = self._spawn.Pipe(duplex=False)
         # Settings that come from a file are of a class made for the call, which cannot travel: their values can.
         process = self._spawn.Process(
-            target=_work, args=(self._settings.model_dump(), self._insecure, theirs, sending), name="flight worker"
+            target=_work, args=(self._settings.model_dump(exclude_unset=True), self._insecure, theirs, sending), name="flight worker"
         )
         process.start()
         theirs.close()

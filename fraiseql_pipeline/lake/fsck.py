@@ -30,7 +30,6 @@ from fraiseql_pipeline.window import Window
 
 _ENTRY = re.compile(rf"{LOG}/(\d{{20}})\.json")
 _CHECKPOINT = re.compile(rf"{LOG}/(\d{{20}})\.checkpoint\.parquet")
-_ASIDE = re.compile(rf"{LOG}/(\..*\.tmp|\d{{20}}\.json#\d+)")
 #: Younger leftovers may belong to a writer at work.
 _LEFTOVER_SECONDS = 3600.0
 
@@ -125,8 +124,7 @@ class _Log:
 
     def _leftovers(self) -> Iterator[Finding]:
         old = time.time() - _LEFTOVER_SECONDS
-        names = [n for n in self._names if _ASIDE.fullmatch(n)] + [n for n, at in self._storage.staged().items() if at < old]
-        for name in sorted(names):
+        for name in sorted(name for name, at in self._storage.staged().items() if at < old):
             if self._repair:
                 self._storage.delete(name)
             yield self._finding(

@@ -21,7 +21,7 @@ from fraiseql_pipeline.lake.maintenance import Maintenance, maintain
 from fraiseql_pipeline.lake.publish import Publisher
 from fraiseql_pipeline.lake.read import Snapshot, read_rejected
 from fraiseql_pipeline.lake.staging import Staged
-from fraiseql_pipeline.lake.storage import storage_for
+from fraiseql_pipeline.lake.storage import storage_errors, storage_for
 from fraiseql_pipeline.lake.table import Table, current, micros
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, as_utc, tile
@@ -110,7 +110,7 @@ class Lake:
         return {w: c for w, c in found.items() if (low is None or w.end > low) and (high is None or w.start < high)}
 
     def newest(self) -> Commit | None:
-        """How far the source is known to have settled: the latest window's commit, of runs side by side the one with the highest pk.
+        """The latest commit of a window: from which source the lake is published now, and how far that had settled.
 
         ``None`` if nothing is published. What it costs does not grow with the number of windows.
         """
@@ -126,13 +126,16 @@ class Lake:
             if not self.events.refresh():
                 raise LakeEmpty("Nothing is published in the lake yet; run fraiseql-pipeline materialize first.")
             if version is not None and version != self.events.version:
-                return Snapshot(version, _by_time(self.events.files_at(version)), {}, self.events.storage)
+                return Snapshot(version, _by_time(self.events.files_at(version)), {}, self.events.storage, self.events.generation)
             with self._lock:
-                if self._snapshot is None or self._snapshot.version != self.events.version:
-                    self._snapshot = Snapshot(
-                        self.events.version, _by_time(self.events.active()), self.events.published(), self.events.storage
+                at, kept = (self.events.generation, self.events.version), self._snapshot
+                if kept is None or (kept.generation, kept.version) != at:
+                    files = _by_time(self.events.active())
+                    kept = Snapshot(
+                        self.events.version, files, self.events.published(), self.events.storage, self.events.generation
                     )
-                return self._snapshot
+                    self._snapshot = kept
+                return kept
 
     def read(
         self,
@@ -161,7 +164,8 @@ class Lake:
 
     def fsck(self, repair: bool = False) -> list[Finding]:
         """What is broken and how to repair it; with ``repair`` the safe repairs are made. Empty means sound."""
-        return examine(self.events, self.quarantine, repair=repair)
+        with storage_errors("examining the lake"):
+            return examine(self.events, self.quarantine, repair=repair)
 
     def maintain(
         self,

@@ -24,9 +24,9 @@ from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
 from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.publish import ATTEMPTS
-from fraiseql_pipeline.lake.read import Snapshot
+from fraiseql_pipeline.lake.read import Snapshot, file_errors
 from fraiseql_pipeline.lake.rewrite import conformed
-from fraiseql_pipeline.lake.storage import LOG, storage_errors
+from fraiseql_pipeline.lake.storage import LOG, entry_name
 from fraiseql_pipeline.lake.table import Table
 
 #: Checkpoints that stay: a reader that has just read the pointer may still open an older one.
@@ -126,7 +126,7 @@ def _ordered_rows(table: Table, day: str, files: list[File]) -> Iterator[pa.Reco
         yield from snapshot.read(start, start + timedelta(days=1))
         return
     for file in sorted(files, key=lambda f: (f.low or 0, f.path)):
-        with storage_errors(f"reading {table.name}"), pq.ParquetFile(table.storage.open(file.path)) as source:
+        with file_errors(file), pq.ParquetFile(table.storage.open(file.path)) as source:
             for batch in source.iter_batches(batch_size=16_384):
                 yield conformed(batch, table.schema)
 
@@ -134,7 +134,7 @@ def _ordered_rows(table: Table, day: str, files: list[File]) -> Iterator[pa.Reco
 def _rows(table: Table, file: File) -> int:
     if file.rows is not None:
         return file.rows
-    with storage_errors(f"reading {table.name}"), pq.ParquetFile(table.storage.open_footer(file.path)) as source:
+    with file_errors(file), pq.ParquetFile(table.storage.open_footer(file.path)) as source:
         return int(source.metadata.num_rows)
 
 
@@ -142,12 +142,15 @@ def _vacuum(table: Table, retention: timedelta) -> int:
     """Delete files that no version within the retention lists, orphans of dead writers too (by their age)."""
     try:
         opened = DeltaTable(table.storage.uri, storage_options=table.storage.options or None)
+        before = opened.version()
         gone = opened.vacuum(
             retention_hours=int(retention / timedelta(hours=1)), dry_run=False, enforce_retention_duration=False, full=True
         )
+        opened.update_incremental()
     except (DeltaError, OSError) as error:
         raise LakeUnavailable(f"{table.name} could not be vacuumed ({type(error).__name__}); run it again.") from None
-    table.storage.sync_log([])
+    # delta-rs tells in entries of its own that it begins and ends.
+    table.storage.sync_log([entry_name(version) for version in range(before + 1, opened.version() + 1)])
     return len(gone)
 
 

@@ -233,12 +233,19 @@ def _logged_statistics(footer: pq.FileMetaData) -> dict[str, Any]:
 
 def log_time(micros: int) -> str:
     """A time in the log's form. Microseconds are written out: cut to milliseconds, a maximum would lie below the rows it bounds."""
-    return (_EPOCH + timedelta(microseconds=micros)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Not strftime, which writes the year 202 with three digits.
+    return (_EPOCH + timedelta(microseconds=micros)).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
-def parse_log_time(text: str) -> tuple[int, bool]:
-    """Microseconds since 1970 of a time in the log, and whether all its digits are there (most writers cut to milliseconds)."""
-    at = datetime.fromisoformat(text)
+def parse_log_time(text: str) -> tuple[int, bool] | None:
+    """Microseconds since 1970 of a time in the log, and whether all its digits are there (most writers cut to milliseconds).
+
+    None for a text that is no such time: statistics that nobody can read only fail to spare a file.
+    """
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return None
     if at.tzinfo is None:
         at = at.replace(tzinfo=UTC)
     _, _, fraction = text.partition(".")

@@ -216,6 +216,11 @@ class Publisher:
             extra, removes = self._rewriter.plan(table)
             adds = [*adds, *extra]
         elif current is not None and held_hash != current.quarantine_hash:
+            if held is not None and held.outcome != "merged":
+                raise LakeError(
+                    f"A run of {self._window} died between its two commits, so its quarantine is not that of its events;"
+                    " materialize the window before late events are merged."
+                )
             # A merge that died between its two commits left rows above the published pk: only those below stay.
             extra, removes = self._rewriter.plan(table, above_pk=current.settled_pk)
             adds = [*adds, *extra]

@@ -51,12 +51,14 @@ class Snapshot:
     """One version of ``events``: its files with exact row counts, and the windows published up to it.
 
     ``files`` are ordered by their first timestamp; ``published`` maps windows to their commits (empty for a version of the past).
+    ``generation``: another one after the lake was replaced, whose versions are other versions.
     """
 
     version: int
     files: tuple[File, ...]
     published: Mapping[Window, Commit]
     storage: Opens = field(repr=False)
+    generation: int = 0
 
     @cached_property
     def _lows(self) -> list[int]:
@@ -172,7 +174,9 @@ class _Sweep:
             group = footer.row_group(index)
             low, high = -_FOREVER, _FOREVER
             stats = group.column(columns["timestamp"]).statistics
-            if stats is not None and stats.has_min_max and footer.schema.column(columns["timestamp"]).physical_type == "INT64":
+            # Other writers may store milliseconds, or the 96 bits of old.
+            stored = str(footer.schema.column(columns["timestamp"]).logical_type)
+            if stats is not None and stats.has_min_max and "timeUnit=microseconds" in stored:
                 low, high = stats.min_raw, stats.max_raw
             if low >= self._end or high < self._start or self._lacks_types(group.column(columns["entity_type"]).statistics):
                 continue

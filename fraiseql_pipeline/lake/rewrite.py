@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
-from fraiseql_pipeline.lake.storage import storage_errors
+from fraiseql_pipeline.lake.read import file_errors
 from fraiseql_pipeline.lake.table import Table, micros
 from fraiseql_pipeline.window import Window, WindowSize
 
@@ -51,12 +51,11 @@ class Rewriter:
 
     def _rewrite(self, table: Table, file: File, above_pk: int | None) -> list[NewFile] | None:
         """New files with the rows that stay, in their order; ``None`` if all stay, so that the file may be left alone."""
-        missing = f"A data file of {table.name} on {file.date} is missing; run fsck, which tells how to repair it."
         # What lies before and after the window goes to files of its own: one file around it would be in the way of the next replacement.
         writers = [FileWriter(table.storage, table.schema, file.date, "rest", ordered=False) for _ in range(3)]
         rows = gone = 0
         try:
-            with storage_errors(f"rewriting a file of {table.name}"), pq.ParquetFile(table.storage.open(file.path)) as source:
+            with file_errors(file), pq.ParquetFile(table.storage.open(file.path)) as source:
                 for batch in source.iter_batches(batch_size=_BATCH_ROWS):
                     rows += batch.num_rows
                     before, inside, after = self._parts(batch, table.span)
@@ -80,8 +79,6 @@ class Rewriter:
             table.storage.rename_in({f.staged: f.path for f in files})
             writers = []
             return files
-        except FileNotFoundError:
-            raise LakeDamaged(missing) from None
         finally:
             for writer in writers:
                 writer.abort()

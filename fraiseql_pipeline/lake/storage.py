@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,6 +32,8 @@ from fraiseql_pipeline.errors import LakeDamaged, LakeError, LakeUnavailable, Se
 
 LOG = "_delta_log"
 STAGING = "_staging"
+#: A log entry before it gets its number: ours, delta-rs's.
+_ASIDE = re.compile(rf"{LOG}/(\..*\.tmp|\d{{20}}\.json#\d+)")
 #: What one request of an object store brings at most.
 _PIECE_BYTES = 16 << 20
 
@@ -56,8 +60,6 @@ def storage_errors(doing: str) -> Iterator[None]:
     """Turn the operating system's and delta-rs's I/O errors into one sentence without a path."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else _first_line(error)
         hint = "free some space and run it again" if error.errno == errno.ENOSPC else "check the storage and run it again"
@@ -95,21 +97,29 @@ class LocalStorage:
         except FileNotFoundError:
             return None
 
+    def stamp(self, name: str) -> object:
+        """Equal as long as it is the same file with the same content; ``None`` if there is none."""
+        try:
+            found = os.stat(self.root / name)
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
     def names(self, directory: str) -> dict[str, int]:
         """The files right under a directory of the table, with their sizes."""
-        try:
-            with os.scandir(self.root / directory) as entries:
-                return {f"{directory}/{e.name}": e.stat().st_size for e in entries if e.is_file()}
-        except FileNotFoundError:
-            return {}
+        return {name: found.st_size for name, found in self._found(directory) if stat.S_ISREG(found.st_mode)}
 
     def staged(self) -> dict[str, float]:
-        """What lies in the staging directory, with the time of its last change in seconds."""
-        try:
-            with os.scandir(self.root / STAGING) as entries:
-                return {f"{STAGING}/{e.name}": e.stat().st_mtime for e in entries}
-        except FileNotFoundError:
-            return {}
+        """What writers have not finished, in the staging directory and aside in the log, with the time of its last change in seconds."""
+        aside = [(name, found) for name, found in self._found(LOG) if _ASIDE.fullmatch(name)]
+        return {name: found.st_mtime for name, found in [*self._found(STAGING), *aside]}
+
+    def _found(self, directory: str) -> Iterator[tuple[str, os.stat_result]]:
+        """What lies right under a directory; what somebody removes meanwhile is left out."""
+        with suppress(FileNotFoundError), os.scandir(self.root / directory) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    yield f"{directory}/{entry.name}", entry.stat()
 
     def open(self, name: str) -> pa.NativeFile:
         """A file for random access."""
@@ -221,6 +231,11 @@ class ObjectStorage:
     def size(self, name: str) -> int | None:
         info = self._files.get_file_info(name)
         return None if info.type == pafs.FileType.NotFound else info.size
+
+    def stamp(self, name: str) -> object:
+        """Equal as long as it is the same object with the same content; ``None`` if there is none."""
+        info = self._files.get_file_info(name)
+        return None if info.type == pafs.FileType.NotFound else (info.mtime_ns, info.size)
 
     def names(self, directory: str) -> dict[str, int]:
         """The objects right under a prefix of the table, with their sizes."""

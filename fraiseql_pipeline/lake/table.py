@@ -13,6 +13,8 @@ Invariants
     the rows are there twice.
  2. The state only moves forward by whole entries, and an entry that cannot be read is ``LakeDamaged``, never skipped.
  3. The protocol stays (1, 2) without features; a table that somebody upgraded is refused.
+ 4. A log that was removed, made anew or restored is loaded as a stranger would: ``generation`` counts the loads, and a version means
+    something within one of them only.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ _SECOND = 1_000_000
 
 
 class Table:
-    """One table under the lake; ``span`` is the column that places a file in time: ``timestamp``, or ``window`` for its key's start."""
+    """One table under the lake; ``span`` is the column that places a file in time: ``timestamp``, or ``window_key`` for its key's start."""
 
     def __init__(self, storage: LocalStorage | ObjectStorage, name: str, schema: pa.Schema, description: str, span: str) -> None:
         self.storage = storage
@@ -61,6 +63,8 @@ class Table:
         self.span = span
         self.lock = threading.RLock()
         self.version = -1
+        self.generation = 0
+        self._stamp: object = None  # of the entry of ``version``
         self.checkpoint_version = -1
         self._opened: DeltaTable | None = None
         self._files: dict[str, dict[str, File]] | None = None  # date → path → file; loaded when first asked for
@@ -80,6 +84,8 @@ class Table:
     def refresh(self, *, create: bool = False) -> bool:
         """Bring the state to the newest entry; ``False`` if there is no such table (and ``create`` was not asked)."""
         with self.lock, storage_errors(f"reading the log of {self.name}"):
+            if self.exists and self.storage.stamp(entry_name(self.version)) != self._stamp:
+                self.version = -1
             if not self.exists and not self._load(create):
                 return False
             while (text := self.storage.read(entry_name(self.version + 1))) is not None:
@@ -87,6 +93,7 @@ class Table:
             return True
 
     def _load(self, create: bool) -> bool:
+        self.generation += 1
         opened = self._open()
         if opened is None:
             if not create:
@@ -105,6 +112,7 @@ class Table:
         self.checkpoint_version = self._read_checkpoint_version()
         self._windows.clear()
         self._complete = False
+        self._published = None
         # delta-rs takes an empty entry for one without actions, so the entries after the checkpoint are read here once more.
         first = max(self.checkpoint_version + 1, 0)
         for at in range(first, version + 1):
@@ -113,8 +121,12 @@ class Table:
                 raise LakeDamaged(f"Entry {at} of the log of {self.name} is missing; fsck tells what to do.")
             self._note_window(at, _actions(self.name, at, text))
         self._followed_from = first
-        self.version = version
+        self._reach(version)
         return True
+
+    def _reach(self, version: int) -> None:
+        self.version = version
+        self._stamp = self.storage.stamp(entry_name(version))
 
     def _open(self, version: int | None = None) -> DeltaTable | None:
         try:
@@ -239,7 +251,7 @@ class Table:
         else:
             self._apply_files(self._files, actions)
         self._note_window(version, actions)
-        self.version = version
+        self._reach(version)
 
     # ----------------------------------------------------------------------------------------------------------------- files
 
@@ -285,10 +297,11 @@ class Table:
         stats = json.loads(add["stats"]) if add.get("stats") else {}
         low, high = ((stats.get(end) or {}).get(self.span) for end in ("minValues", "maxValues"))
         if self.span == "timestamp":
-            first = None if low is None else parse_log_time(low)[0]
+            least, greatest = (None if text is None else parse_log_time(text) for text in (low, high))
+            first = None if least is None else least[0]
             last = None
-            if high is not None:
-                at, whole = parse_log_time(high)
+            if greatest is not None:
+                at, whole = greatest
                 last = at if whole and at % 1000 else at + 999
         else:
             first, last = _key_start(low), _key_start(high)
@@ -363,13 +376,13 @@ class Table:
             return self._published[1]
 
     def newest(self) -> Commit | None:
-        """The commit with the highest settled pk, looked for among the latest: pks settle in the order of commits, but for runs side by side."""
+        """The latest commit of a window. What was published before it, perhaps from a source that has been restored since, says nothing."""
         with self.lock:
             if not self._complete and self.exists:
                 newer = dict(self._windows)
                 self._read_entries(self._pointed()[-_LATEST_ENTRIES:])
                 self._windows.update(newer)
-            return max(self._windows.values(), key=lambda commit: commit.settled_pk, default=None)
+            return max(self._windows.values(), key=lambda commit: commit.table_version, default=None)
 
     def _pointed(self) -> Sequence[int]:
         """The entries before ``_followed_from`` that are some window's newest; all of them if the checkpoint does not tell."""

@@ -119,6 +119,29 @@ def test_a_late_copy_of_a_published_event_is_quarantined_as_a_duplicate(shop: Sh
     assert (merged.commit.accepted_rows, merged.commit.quarantined_rows) == (1, 1)
 
 
+def test_a_few_late_events_are_judged_by_the_share_of_the_whole_window(shop: Shop) -> None:
+    shop.write(1_000)
+    shop.materialize()
+    shop.write(12, verb="MELT")
+    (merged,) = shop.merge_late()
+    assert (merged.commit.accepted_rows, merged.commit.quarantined_rows) == (1_000, 12)
+    shop.write(50, verb="MELT")
+    with pytest.raises(ValidationHalted, match="62 of 1,062"):
+        shop.merge_late()
+
+
+def test_a_window_whose_late_events_are_refused_keeps_no_other_waiting(shop: Shop) -> None:
+    after = Window(shop.window.end, WindowSize.HOUR)
+    for window in (shop.window, after):
+        shop.write(20, at=window.start)
+    shop.materialize(shop.window, after)
+    shop.write(50, verb="MELT")
+    shop.write(5, at=after.start)
+    with pytest.raises(ValidationHalted, match=shop.window.key):
+        shop.merge_late()
+    assert [commit.accepted_rows for commit in shop.lake.published().values()] == [20, 25]
+
+
 def test_a_rebuilt_change_log_is_refused_until_it_is_forced(shop: Shop) -> None:
     shop.write(10)
     shop.materialize()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -22,13 +23,13 @@ def ahead_threads() -> int:
 
 
 def test_items_arrive_in_order_and_whole() -> None:
-    with _ahead(numbers(100), depth=2) as items:
+    with _ahead(nullcontext(numbers(100)), iter, depth=2) as items:
         assert list(items) == list(range(100))
 
 
 def test_an_error_is_raised_where_its_item_would_have_come() -> None:
     seen = []
-    with pytest.raises(OSError, match="the source broke"), _ahead(numbers(10, fail_at=3)) as items:
+    with pytest.raises(OSError, match="the source broke"), _ahead(nullcontext(numbers(10, fail_at=3)), iter) as items:
         seen.extend(iter(lambda: next(items), None))
     assert seen == [0, 1, 2]
 
@@ -44,7 +45,7 @@ def test_the_thread_is_never_further_ahead_than_its_depth() -> None:
                 third.set()
             yield number
 
-    with _ahead(counted(), depth=2) as items:
+    with _ahead(nullcontext(counted()), iter, depth=2) as items:
         assert next(items) == 0
         assert third.wait(10), "with one item taken and two waiting, the fourth is being produced"
         assert produced == [0, 1, 2, 3]
@@ -59,7 +60,27 @@ def test_leaving_early_stops_the_thread_and_closes_its_source() -> None:
         finally:
             closed.set()
 
-    with _ahead(endless()) as items:
+    with _ahead(nullcontext(endless()), iter) as items:
         next(items)
     assert closed.is_set()
+    assert ahead_threads() == 0
+
+
+def test_a_source_that_says_nothing_holds_nobody_up_who_leaves() -> None:
+    ended = threading.Event()
+
+    @contextmanager
+    def silent() -> Iterator[Generator[int]]:
+        def numbers() -> Generator[int]:
+            yield 0
+            assert ended.wait(60), "the source is closed before its reader is waited for"
+
+        try:
+            yield numbers()
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt), _ahead(silent(), iter) as items:
+        next(items)
+        raise KeyboardInterrupt
     assert ahead_threads() == 0

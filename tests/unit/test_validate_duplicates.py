@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fraiseql_pipeline import event_ids
+from fraiseql_pipeline.errors import PipelineError
 from fraiseql_pipeline.validate import Validator
 from fraiseql_pipeline.window import Window
 from tests.support.events import batch_events
@@ -50,15 +51,15 @@ def test_a_rejected_row_does_not_take_the_id_from_a_sound_one() -> None:
 
 def test_ids_already_published_are_duplicates() -> None:
     for known in (
-        pa.array(ids(1, 2)),
-        pa.array(ids(1, 2), pa.large_string()),
-        pa.chunked_array([ids(1), ids(2)]),
-        pa.array([*ids(1, 2), None, "not an id"]),
-        pa.array(ids(1, 2)).dictionary_encode(),
+        [pa.array(ids(1, 2))],
+        [pa.array(ids(1, 2), pa.large_string())],
+        [pa.array(ids(1)), pa.array(ids(2))],
+        [pa.array([*ids(1, 2), None, "not an id"])],
+        [pa.array(ids(1, 2)).dictionary_encode()],
     ):
         validation = Validator(WINDOW, known).check(batch_events(WINDOW, 3, event_id=ids(2, 3, 1)))
         assert validation.accepted["event_id"].to_pylist() == ids(3)
-    assert Validator(WINDOW, pa.array([], pa.string())).check(batch_events(WINDOW, 3)).accepted.num_rows == 3
+    assert Validator(WINDOW, [pa.array([], pa.string())]).check(batch_events(WINDOW, 3)).accepted.num_rows == 3
 
 
 def test_missing_and_malformed_ids_are_never_duplicates() -> None:
@@ -145,3 +146,9 @@ def test_the_spill_file_is_closed_with_its_validator(monkeypatch: pytest.MonkeyP
     gc.collect()
     assert gone() is None
     assert texts.closed
+
+
+def test_a_temporary_directory_that_cannot_be_written_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    with pytest.raises(PipelineError, match=r"^The ids of a window could not be kept .* set TMPDIR"):
+        Validator(WINDOW).check(batch_events(WINDOW, 40_000))

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from fraiseql_pipeline.changelog import embedded, open_changelog, write_sample
+from fraiseql_pipeline.changelog import embedded, open_changelog, scratch_changelog, write_sample
 from fraiseql_pipeline.errors import SettingsError
 from fraiseql_pipeline.settings import Settings
 
@@ -94,16 +96,26 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
         pass
 
 
-def test_without_a_url_there_is_an_embedded_log_with_samples_once(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_url_nothing_is_invented(short_directory: Path, monkeypatch: pytest.MonkeyPatch, now: datetime) -> None:
     monkeypatch.chdir(short_directory)
     monkeypatch.delenv("FRAISEQL_DATABASE_URL", raising=False)
-    settings, told = Settings(), list[int]()
-    for _ in range(2):
-        with open_changelog(settings, sample_events=3000, progress=told.append) as changelog:
-            assert changelog.preflight().warnings == ()
-            assert changelog.count() == 3000
-    assert sum(told) == 3000
-    assert (short_directory / ".fraiseql" / "postgres" / "PG_VERSION").exists()
+    settings = Settings()
+    with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL is not set"), open_changelog(settings):
+        pass
+    assert not list(short_directory.iterdir()), "asking leaves nothing behind"
+    with scratch_changelog(settings):
+        pass
+    with pytest.raises(SettingsError, match="`fraiseql-pipeline sample`"), open_changelog(settings):
+        pass
+    with open_changelog(settings, create=True) as changelog:
+        assert changelog.count() == 0
+    with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL is not set"), open_changelog(settings):
+        pass
+    with open_changelog(settings, create=True) as changelog:
+        write_sample(changelog, 3000, end=now)
+    with open_changelog(settings) as changelog:
+        assert changelog.preflight().warnings == ()
+        assert changelog.count() == 3000
 
 
 def test_create_makes_an_empty_log_and_leaves_an_existing_one_alone(database: str, now: datetime) -> None:
@@ -113,3 +125,19 @@ def test_create_makes_an_empty_log_and_leaves_an_existing_one_alone(database: st
         written = write_sample(changelog, 100, end=now)
     with open_changelog(settings, create=True) as changelog:
         assert changelog.count() == written.events
+
+
+@pytest.mark.parametrize("named", ["path", "query", "words"])
+def test_a_scratch_log_is_never_the_configured_one_however_its_url_is_written(changelog_url: str, named: str) -> None:
+    given = conninfo_to_dict(changelog_url)
+    query = {name: value for name, value in given.items() if name != "dbname"}
+    written = {
+        "path": f"postgresql:///{given['dbname']}?{urlencode(query)}",
+        "query": f"postgresql:///?{urlencode(given)}",
+        "words": make_conninfo(changelog_url),
+    }[named]
+    with scratch_changelog(Settings(database_url=written)) as changelog:
+        assert conninfo_to_dict(changelog.url)["dbname"] != given["dbname"]
+        write_sample(changelog, 10, end=datetime(2026, 11, 2, tzinfo=UTC))
+    with open_changelog(Settings(database_url=written)) as changelog:
+        assert changelog.count() == 0

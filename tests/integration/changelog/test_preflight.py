@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from fraiseql_pipeline.changelog import ChangeLog, Contract, embedded
+from fraiseql_pipeline.changelog.connection import explain_text
 from fraiseql_pipeline.changelog.contract import OPTIONAL, REQUIRED
 from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.settings import Settings
@@ -280,6 +281,22 @@ def test_a_standby_is_refused(short_directory: Path) -> None:
         pytest.raises(SourceRefused, match="is a standby"),
     ):
         _preflight(url)
+
+
+@pytest.mark.parametrize(
+    ("text", "retryable"),
+    [
+        ("SSL connection has been closed unexpectedly", True),
+        ("SSL SYSCALL error: EOF detected", True),
+        ("SSL error: unexpected eof while reading", True),
+        ("server closed the connection unexpectedly", True),
+        ("SSL SYSCALL error: Connection reset by peer", True),
+        ("SSL error: certificate verify failed", False),
+        ("server does not support SSL, but SSL was required", False),
+    ],
+)
+def test_a_connection_that_ends_may_be_tried_again_and_one_that_cannot_agree_on_tls_may_not(text: str, retryable: bool) -> None:
+    assert explain_text(text).retryable is retryable
 
 
 def test_a_database_whose_encoding_nobody_knows_is_refused(postgres: str) -> None:

@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
+from fraiseql_pipeline.changelog import embedded
+from fraiseql_pipeline.changelog.connection import sql
 from fraiseql_pipeline.errors import SourceRefused
 from fraiseql_pipeline.event import BATCH_SCHEMA
 from tests.support.reading import WINDOW, execute, fill, insert, keys, pool, read, read_one, reading
@@ -238,11 +240,40 @@ def test_odd_settings_of_role_and_database_change_nothing(changelog_url: str) ->
         "default_transaction_isolation = 'serializable'",
         "enable_indexscan = off",
         "bytea_output = 'escape'",
+        "client_encoding = 'LATIN1'",
         "default_transaction_read_only = on",
     ):
         execute(changelog_url, f'ALTER DATABASE "{name}" SET {setting}')
     assert read_one(changelog_url) == sound
     assert json.loads(sound["raw"]) == {"started_at": "infinity", "commit_time": "0044-03-15 00:00:00+00 BC"}
+
+
+def test_a_window_may_take_longer_than_the_database_lets_a_transaction_last(changelog_url: str) -> None:
+    ((name, version),) = execute(changelog_url, "SELECT current_database(), current_setting('server_version_num')::int")
+    if version < 170000:
+        pytest.skip("transaction_timeout came with Postgres 17")
+    at = f"'{WINDOW.start}'::timestamptz + n * interval '1 microsecond'"
+    fill(changelog_url, 20_000, at, payload="jsonb_build_object('text', repeat('x', 2000))")  # more than is read ahead
+    execute(changelog_url, f"ALTER DATABASE \"{name}\" SET transaction_timeout = '500ms'")
+    with reading(changelog_url) as batches:
+        rows = next(batches).num_rows
+        execute(changelog_url, "SET transaction_timeout = 0; SELECT pg_sleep(1)")
+        assert rows + sum(batch.num_rows for batch in batches) == 20_000
+
+
+def test_texts_of_a_database_in_another_encoding_arrive_as_utf_8(postgres: str) -> None:
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        provider = "LOCALE_PROVIDER libc" if connection.info.server_version >= 150000 else ""
+        connection.execute(f"CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' {provider} LC_COLLATE 'C' LC_CTYPE 'C'")
+    try:
+        url = embedded.database_url(postgres, "latin")
+        execute(url, sql("contract"))
+        insert(url, object_type="Büro", object_data={"name": "é"})
+        event = read_one(url)
+        assert (event["entity_type"], event["data"]) == ("Büro", '{"name": "é"}')
+    finally:
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            connection.execute("DROP DATABASE latin WITH (FORCE)")
 
 
 def test_an_older_change_log_reads_with_nulls_for_what_it_lacks(database: str) -> None:

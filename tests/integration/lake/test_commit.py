@@ -222,6 +222,20 @@ def test_a_merge_that_died_between_its_two_commits_leaves_nothing_behind(lake: L
     assert lake.fsck() == []
 
 
+def test_late_events_are_not_merged_onto_what_a_run_left_that_died_between_its_two_commits(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(lake, HOUR, 50, 2, settled_pk=10)
+    dying = Lake(lake.uri)
+    monkeypatch.setattr(dying.events, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        publish(dying, HOUR, 49, 3, settled_pk=11)
+    with pytest.raises(LakeError, match="materialize the window before late events are merged"):
+        publish(lake, HOUR, 0, 1, settled_pk=12, append=True)
+    publish(lake, HOUR, 49, 3, settled_pk=12)
+    assert lake.fsck() == []
+
+
 def test_an_older_run_never_overwrites_the_quarantine_of_a_newer_one(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(lake, HOUR, 50, 2, settled_pk=PK)
     newer = Lake(lake.uri)
@@ -303,13 +317,13 @@ def test_the_commit_is_found_after_checkpoints_by_one_lookup(lake: Lake) -> None
     assert_plain_protocol(lake)
 
 
-def test_how_far_the_source_had_settled_is_told_by_the_latest_commits(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_lake_is_published_from_is_told_by_the_latest_commit(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lake.newest() is None
     windows = [Window(HOUR.start + timedelta(hours=n), HOUR.size) for n in range(63)]
     for number, window in enumerate(windows):
         publish(lake, window, 0, settled_pk=PK + number)
-    publish(lake, windows[40], 0, settled_pk=PK + 70, force=True)  # a run side by side, and the last commit
-    publish(lake, windows[2], 0, settled_pk=PK + 5, force=True)
+    publish(lake, windows[40], 0, settled_pk=PK + 70, force=True)
+    publish(lake, windows[2], 0, settled_pk=PK + 5, identity="restored", force=True)
     entries: list[str] = []
     read = LocalStorage.read
     monkeypatch.setattr(LocalStorage, "read", lambda storage, name: entries.append(name) or read(storage, name))
@@ -317,7 +331,7 @@ def test_how_far_the_source_had_settled_is_told_by_the_latest_commits(lake: Lake
     fresh = Lake(lake.uri)
     newest = fresh.newest()
     assert newest is not None
-    assert newest.settled_pk == PK + 70
+    assert (newest.identity, newest.settled_pk) == ("restored", PK + 5)
     assert len([name for name in entries if name.endswith(".json")]) < 60
     assert lake.newest() == Lake(lake.uri).newest()
     again = fresh.events.window(windows[40])  # not hidden by an older entry of the same window

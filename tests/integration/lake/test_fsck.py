@@ -99,14 +99,23 @@ def test_a_quarantine_that_does_not_fit_is_named(filled: Lake) -> None:
     assert publish(filled, HOURS[2], 100, 2, force=True).outcome == "replaced"
 
 
+def test_a_file_that_is_removed_while_a_directory_is_listed_hides_no_other(filled: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = log(filled) / "0.json"
+    gone.symlink_to("nowhere")
+    assert sorted(filled.events.storage.names("_delta_log")) == sorted(
+        f"_delta_log/{path.name}" for path in log(filled).iterdir() if path != gone
+    )
+
+
 def test_old_leftovers_are_reported_and_deleted(filled: Lake) -> None:
     old = Path(filled.events_uri, "_staging", "window-x.parquet")
     young = Path(filled.events_uri, "_staging", "window-y.parquet")
-    aside = log(filled) / f".{9:020d}.json.0123.tmp"
-    for path in (old, young, aside):
+    aside, under_way = (log(filled) / f".{9:020d}.json.{name}.tmp" for name in ("0123", "4567"))
+    for path in (old, young, aside, under_way):
         path.write_bytes(b"x")
-    os.utime(old, (1, 1))
+    for path in (old, aside):
+        os.utime(path, (1, 1))
     assert {f.subject.rsplit("/", 1)[-1] for f in filled.fsck()} == {old.name, aside.name}
     filled.fsck(repair=True)
-    assert (old.exists(), young.exists(), aside.exists()) == (False, True, False)
+    assert [path.exists() for path in (old, young, aside, under_way)] == [False, True, False, True]
     assert filled.fsck() == []

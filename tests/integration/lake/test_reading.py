@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -269,3 +270,43 @@ def test_the_readers_people_use_see_the_same_events(lake: Lake) -> None:
     connection.register("events", pa.RecordBatchReader.from_stream(delta.scan()))
     query = "SELECT count(*), sum(pk), epoch_us(min(timestamp)), epoch_us(max(timestamp)), count(*) FILTER (user_id IS NULL) FROM events"
     assert connection.execute(query).fetchone() == (*wanted[:2], micros(wanted[2]), micros(wanted[3]), wanted[4])
+
+
+def test_an_event_of_the_first_centuries_is_read_by_a_lake_that_was_open_before(lake: Lake) -> None:
+    early = Window.parse("0202-03-04-05:00")
+    open_before = Lake(lake.uri)
+    publish(lake, HOUR, 10)
+    assert read(open_before, HOUR.start, HOUR.end).num_rows == 10
+    publish(lake, early, 3)
+    assert read(open_before, early.start, early.end).num_rows == 3
+    assert read(Lake(lake.uri), early.start, early.end).num_rows == 3
+
+
+def test_statistics_in_milliseconds_are_not_taken_for_microseconds(lake: Lake, tmp_path: Path) -> None:
+    publish(lake, HOUR, 100)
+    (file,) = Path(lake.events_uri).glob("event_date=*/*.parquet")
+    rows = pq.ParquetFile(file).read()
+    pq.write_table(rows, file, coerce_timestamps="ms", allow_truncated_timestamps=True)
+    assert read(lake, HOUR.start, HOUR.end).num_rows == 100
+
+
+def test_a_lake_that_was_removed_made_anew_or_restored_is_noticed(lake: Lake, tmp_path: Path) -> None:
+    def held() -> tuple[int, list[str]]:
+        return read(lake, HOUR.start, NEXT.end).num_rows if lake.published() else 0, [w.key for w in lake.published()]
+
+    publish(lake, HOUR, 10)
+    shutil.copytree(lake.uri, tmp_path / "backup")
+    publish(lake, NEXT, 5)
+    assert held() == (15, [HOUR.key, NEXT.key])
+
+    shutil.rmtree(lake.uri)
+    assert held() == (0, [])
+
+    publish(Lake(lake.uri), HOUR, 3)  # by another process; the same version as before, of another table
+    publish(Lake(lake.uri), NEXT, 1)
+    assert held() == (4, [HOUR.key, NEXT.key])
+
+    shutil.rmtree(lake.uri)
+    shutil.copytree(tmp_path / "backup", lake.uri)
+    assert held() == (10, [HOUR.key])
+    assert lake.fsck() == []
