@@ -15,7 +15,16 @@ EVENTS ?= 300000
 # `make demo` needs less than the tests do, so it does not wait for them to be installed.
 RUN_READY := $(VENV)/.ready-demo
 DEV_READY := $(VENV)/.ready-dev
+DBT_READY := $(VENV)/.ready-dbt
 CLIENTS_READY := $(VENV)/.ready-clients
+
+# Where the lake begins, or the sample. Without FRAISEQL_START Dagster would show every hour since 2026-01-01 as missing beside those.
+FIRST_WINDOW = $(BIN)/fraiseql-pipeline --json status | $(BIN)/python -c \
+  'import json, sys; key = json.load(sys.stdin)["first_window"] or ""; print(key[:10] + "T" * (len(key) > 10) + key[11:])' \
+  | grep . || test -n "$${FRAISEQL_DATABASE_URL:-}" || date -u -d '2 days ago' +%Y-%m-%d
+
+# Dagster 1.13 calls `dagster dev` superseded by a tool that is a package of its own.
+NOT_SUPERSEDED := ignore:Function `dev_command` is superseded
 
 # Nothing a command of this file starts reports home.
 export DAGSTER_DISABLE_TELEMETRY := yes
@@ -56,11 +65,11 @@ fix: $(DEV_READY) ## Format and mend what the linter can mend
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(RUN_READY) ## Measure materialize against its references on this machine
+bench: $(RUN_READY) ## Measure materialize against its references (`make measure` measures everything)
 	$(BIN)/fraiseql-pipeline bench materialize $(ARGS)
 
 .PHONY: measure
-measure: $(RUN_READY) ## Measure and keep the figures that the documents show (on a quiet machine)
+measure: $(RUN_READY) ## Repeat every measurement and write the tables of the documents from it (on a quiet machine)
 	@mkdir -p docs/measurements
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]'
 	for bench in materialize "materialize --shape wide" windows convert flight "flight --shape wide" live; do \
@@ -75,15 +84,19 @@ docs: $(RUN_READY) ## Write the tables of the documents from the code
 
 .PHONY: dev
 dev: $(RUN_READY) ## The Dagster UI with its daemon: partitions, schedules, backfills
-	@mkdir -p $(STATE)/dagster && cp -u dagster.yaml $(STATE)/dagster/
-	DAGSTER_HOME=$${DAGSTER_HOME:-$(STATE)/dagster} $(BIN)/dagster dev $(ARGS)
+	@mkdir -p $(STATE)/dagster && cp dagster.dev.yaml $(STATE)/dagster/dagster.yaml
+	@test -n "$${FRAISEQL_DATABASE_URL:-}" || test -e $(STATE)/postgres/PG_VERSION || $(BIN)/fraiseql-pipeline sample --events $(EVENTS)
+	@export FRAISEQL_START="$${FRAISEQL_START:-$$($(FIRST_WINDOW))}" DAGSTER_HOME="$${DAGSTER_HOME:-$(STATE)/dagster}"; \
+	echo "Partitions start at $${FRAISEQL_START:-2026-01-01} (FRAISEQL_START)."; \
+	echo "Schedules and the sensor are off; switch them on in the UI under Automation."; \
+	PYTHONWARNINGS='$(NOT_SUPERSEDED)' $(BIN)/dagster dev $(ARGS)
 
 .PHONY: serve
 serve: $(RUN_READY) ## The Arrow Flight server over the lake
 	$(BIN)/fraiseql-pipeline serve $(ARGS)
 
 .PHONY: dbt
-dbt: $(DEV_READY) ## Build and test the dbt project over the lake (run `make demo` first)
+dbt: $(DBT_READY) ## Build and test the dbt project over the lake (run `make demo` first)
 	@lake="$${FRAISEQL_LAKE_URI:-./.fraiseql/lake}"; \
 	case "$$lake" in *://*) ;; *) lake="$$(realpath -m "$$lake")";; esac; \
 	case "$$lake" in *://*) ;; *) test -d "$$lake/events" || { echo "There is no lake at $$lake yet; run \`make demo\` first." >&2; exit 2; };; esac; \
@@ -126,10 +139,15 @@ $(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	@touch $@
 
+$(DBT_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@test -e $(DEV_READY) || echo "Installing what dbt needs (once, about a minute)."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dbt]'
+	@touch $@ $(RUN_READY)
+
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing what the tests need (once, a minute or two)."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@ $(RUN_READY)
+	@touch $@ $(RUN_READY) $(DBT_READY)
 
 $(CLIENTS_READY): $(DEV_READY)
 	@echo "Installing what the example programs need (once)."

@@ -3,8 +3,8 @@
 What lives here: the specs and how each is decided. What must not: validation of events, which happens before the commit
 (``validate.py``); a check tells afterwards whether what is stored is what was promised.
 
-Invariant: a result names its partition and the materialization it is about. Dagster derives neither for a run of many partitions,
-and shows no status for a result that is about no materialization.
+Invariant: a result names its partition and the materialization it is about; only a window that has none is told of without. Dagster
+derives neither for a run of many partitions, and shows no status of a materialized partition for a result that is about none.
 """
 
 import warnings
@@ -69,10 +69,17 @@ def targets(context: dg.AssetExecutionContext, windows: Sequence[Window]) -> dic
     wanted = dg.AssetRecordsFilter(asset_key=EVENTS, asset_partitions=[window.key for window in windows])
     found = context.instance.fetch_materializations(wanted, limit=2 * len(windows)).records
     return {
-        Window.parse(record.partition_key): Target(storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp)
+        Window.parse(record.partition_key): _target(record)
         for record in reversed(found)
         if record.partition_key and record.run_id == context.run.run_id
     }
+
+
+def standing(context: dg.AssetExecutionContext, window: Window) -> Target | None:
+    """The newest materialization of a window, whichever run recorded it; none for a window that was never published."""
+    wanted = dg.AssetRecordsFilter(asset_key=EVENTS, asset_partitions=[window.key])
+    found = context.instance.fetch_materializations(wanted, limit=1).records
+    return _target(found[0]) if found else None
 
 
 def on(window: Window, result: dg.AssetCheckResult, target: Target | None) -> dg.AssetCheckEvaluation:
@@ -89,9 +96,13 @@ def on(window: Window, result: dg.AssetCheckResult, target: Target | None) -> dg
     )
 
 
-def halted(window: Window, why: str) -> dg.AssetCheckEvaluation:
-    """The result for a window that was not published because too many of its events were rejected."""
-    return on(window, dg.AssetCheckResult(passed=False, check_name="quarantine_share", description=why), None)
+def halted(window: Window, why: str, target: Target | None) -> dg.AssetCheckEvaluation:
+    """The result for a window of which nothing was published because too many of its events were rejected; ``target`` still stands."""
+    return on(window, dg.AssetCheckResult(passed=False, check_name="quarantine_share", description=why), target)
+
+
+def _target(record: dg.EventLogRecord) -> Target:
+    return Target(storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp)
 
 
 def _counts(window: Window, stored: Snapshot) -> dg.AssetCheckResult:

@@ -4,14 +4,17 @@ What lives here: the step and what it tells Dagster about each window. What must
 (``fraiseql_pipeline.pipeline``), what is shown of it (``report.py``), what is checked (``checks.py``).
 
 Invariants
- 1. A run settles once and commits once per window, whether it was given one window or a hundred.
+ 1. A run settles once and commits at most once per window, whether it was given one window or a hundred. With ``only_new`` it settles
+    once for what is late and once for what is missing.
  2. Every window carries its own metadata and its own check results; left to itself Dagster copies one result to all of a run.
- 3. When a window fails, those committed before it are reported as materialized all the same, so a backfill asks again only for the rest.
+ 3. Whatever fails, a window or the telling of it, windows that this run committed are reported as materialized all the same, so a backfill
+    asks again only for the rest.
+ 4. A window that halted is the one whose check fails, and what stands of it stays what it was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dagster as dg
@@ -73,7 +76,7 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
             shown = describe(done, fraiseql, flight, context.log.warning)
         except Exception as error:  # noqa: BLE001 - whatever ended the run, what it published before is told first
             with suppress(Exception):  # the first error is the one to tell
-                yield from partly_published(context, asked, describe(done, fraiseql, flight, context.log.warning), error)
+                yield from partly_published(context, describe_anyhow(done, fraiseql, flight, context.log.warning), error)
             raise failure(error) from None
         yield from published(context, shown)
 
@@ -135,11 +138,14 @@ def publish(
     if not config.only_new:
         pipeline.materialize(asked, force=config.force, allow_shrink=config.allow_shrink, on_window=on_window, **run)
         return
-    standing = lake.published(asked[0].start, asked[-1].end)
-    pipeline.materialize([window for window in asked if window not in standing], on_window=on_window, **run)
-    merged = {one.window: one for one in pipeline.merge_late(list(standing), **run)}
+    published = lake.published(asked[0].start, asked[-1].end)  # of the other window size too
+    standing = {window: published[window] for window in asked if window in published}
+    merged = {one.window for one in pipeline.merge_late(list(standing), on_window=on_window, **run)}
     for window, commit in standing.items():
-        on_window(merged.get(window) or Materialization(window, commit))
+        if window not in merged:
+            on_window(Materialization(window, replace(commit, outcome="unchanged")))
+    # Last, so that a missing window that halts leaves those that stand told of, and not red in the UI.
+    pipeline.materialize([window for window in asked if window not in standing], on_window=on_window, **run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +163,34 @@ def describe(done: Sequence[Materialization], fraiseql: FraiseQL, flight: Flight
     if not done:
         return []
     stored, settings = fraiseql.lake().snapshot(), fraiseql.settings()
+    totals = report.Totals.of(stored)
     ordered = sorted(done, key=lambda one: one.window)
     sent = readback.read_back([one.window for one in ordered], stored, lambda: flight.client(settings), warn)
     shown = [
-        Shown(one.window, report.events_of(one, stored), report.quarantine_of(one), (*checks.evaluate(one, settings, stored), read))
+        Shown(
+            one.window,
+            report.events_of(one, stored, totals),
+            report.quarantine_of(one, totals),
+            (*checks.evaluate(one, settings, stored), read),
+        )
         for one, read in zip(ordered, sent, strict=True)
     ]
     for last in shown[-1:]:  # what Dagster shows of a table is what its newest materialization says
         last.events.update(report.lineage(COLUMNS))
         last.quarantine.update(report.lineage(EXTRACTED))
     return shown
+
+
+def describe_anyhow(
+    done: Sequence[Materialization], fraiseql: FraiseQL, flight: Flight, warn: Callable[[str], None]
+) -> list[Shown]:
+    """The same for a run that failed. If this is what failed, what the commits alone say; the checks then have no result."""
+    try:
+        return describe(done, fraiseql, flight, warn)
+    except Exception as error:  # noqa: BLE001 - the run tells why it failed; this is about what it published
+        warn(f"{len(done)} published windows are told without sample and checks: describing them failed ({type(error).__name__}).")
+        ordered = sorted(done, key=lambda one: one.window)
+        return [Shown(one.window, report.events_committed(one), report.quarantine_committed(one), ()) for one in ordered]
 
 
 def published(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iterator[Any]:
@@ -185,16 +209,15 @@ def published(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iter
         yield dg.Output(None, checks.output_name(check.name))
 
 
-def partly_published(
-    context: dg.AssetExecutionContext, asked: Sequence[Window], shown: Sequence[Shown], error: Exception
-) -> Iterator[Any]:
+def partly_published(context: dg.AssetExecutionContext, shown: Sequence[Shown], error: Exception) -> Iterator[Any]:
     """The events of a run that failed after some of its windows; of a halted window, the check that tells why."""
     for one in shown:
         yield dg.AssetMaterialization(EVENTS, partition=one.window.key, metadata=one.events)
         yield dg.AssetMaterialization(QUARANTINE, partition=one.window.key, metadata=one.quarantine)
     yield from _checked(context, shown)
-    if isinstance(error, ValidationHalted):
-        yield checks.halted(asked[len(shown)], str(error))
+    if isinstance(error, ValidationHalted) and error.window is not None:
+        window = Window.parse(error.window)
+        yield checks.halted(window, str(error), checks.standing(context, window))
 
 
 def _checked(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iterator[dg.AssetCheckEvaluation]:

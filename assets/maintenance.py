@@ -33,4 +33,10 @@ def build_maintain() -> dg.ScheduleDefinition:
     def maintain() -> None:
         maintain_lake()
 
-    return dg.ScheduleDefinition("maintain_nightly", job=maintain, cron_schedule="30 3 * * *", execution_timezone="UTC")
+    return dg.ScheduleDefinition(
+        "maintain_nightly",
+        job=maintain,
+        cron_schedule="30 3 * * *",
+        execution_timezone="UTC",
+        description="Runs the job `maintain` every night at 03:30 UTC.",
+    )

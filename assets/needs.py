@@ -6,8 +6,11 @@ Invariants
  1. The cause is looked at, not what was done about it: a window needs a run as long as it is missing or has late events.
  2. A window whose runs do not help is asked for ever more rarely: after 1, 2, 4, 8 … minutes while its cause stays the same. So a
     permanent failure costs a dozen runs in two days, and an outage of any length heals by itself.
- 3. A look reads keys of the change log only above what was settled when the look before was taken, except for windows that are recent
+ 3. It is asked for with ever fewer neighbours, in the end alone: a run ends at the window that fails, and one that fails for good
+    must not keep those behind it from being published.
+ 4. A look reads keys of the change log only above what was settled when the look before was taken, except for windows that are recent
     or known to be late.
+ 5. Every published window is looked after, whatever its size and age. Who asks decides which of them it can ask for.
 """
 
 import json
@@ -19,7 +22,7 @@ from typing import Any
 from fraiseql_pipeline.changelog import ChangeLog
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import Window, tile
+from fraiseql_pipeline.window import Window, WindowSize, tile
 
 #: How far back a window that was never published counts as missing; older ones are a backfill's business. Late events have no limit.
 LOOK_BACK = timedelta(days=2)
@@ -72,17 +75,19 @@ class Needs:
 def look(settings: Settings, changelog: ChangeLog, lake: Lake, memory: Memory, now: datetime) -> Needs:
     """Every window that needs a run: a recent one that was never published, any published one with events above its settled pk.
 
+    An hour of a day that is published as one window is not missing: it can be published no more, and its events are in the day.
     A cause names the settled pk it was found at, so that it is a new cause once a run has helped.
     """
     published = lake.published()
     settled = {window: commit.settled_pk for window, commit in published.items()}
     first = max(settings.start, now - LOOK_BACK)
     recent = [window for window in tile(first, now, settings.window) if window.end + GRACE <= now]
-    causes = {window: "missing" for window in recent if window not in settled}
+    causes = {window: "missing" for window in recent if not {window, Window.holding(window.start, WindowSize.DAY)} & settled.keys()}
     near = {window: pk for window, pk in settled.items() if window.end > first or window in memory.asked}
     far = {window: pk for window, pk in settled.items() if window not in near}
     late = (*(changelog.late(near) if near else ()), *(changelog.late(far, after_pk=memory.looked_pk) if far else ()))
-    causes |= {found.window: f"late, settled to {settled[found.window]}" for found in late}
+    # The database's clock says when a window has ended and may be published, this one when it may be asked for.
+    causes |= {found.window: f"late, settled to {settled[found.window]}" for found in late if found.window.end <= now}
     return Needs(causes, max(settled.values(), default=0))
 
 
@@ -97,7 +102,9 @@ def due(needs: Needs, memory: Memory, in_flight: Collection[Window], now: dateti
 
 
 def remember(needs: Needs, memory: Memory, asked: Collection[Window], now: datetime) -> Memory:
-    """The memory after runs for ``asked`` were requested; windows that are in need no longer are forgotten."""
+    """The memory after runs for ``asked`` were requested, or a warning was given where there can be no run; windows that are in need no
+    longer are forgotten.
+    """
     kept = {window: one for window, one in memory.asked.items() if needs.causes.get(window) == one.cause}
     for window in asked:
         times = kept[window].times + 1 if window in kept else 1
@@ -106,13 +113,23 @@ def remember(needs: Needs, memory: Memory, asked: Collection[Window], now: datet
     return Memory(needs.looked_pk, kept | unasked)
 
 
-def spans(windows: Sequence[Window], longest: int) -> Iterator[list[Window]]:
-    """Runs of neighbouring windows, at most ``longest`` each; ``windows`` are in order."""
-    span: list[Window] = []
+def spans(needs: Needs, memory: Memory, windows: Sequence[Window], longest: int) -> Iterator[list[Window]]:
+    """Runs of neighbouring windows, at most ``longest`` each, a quarter of that for every time one was asked for in vain; ``windows`` are
+    in order.
+    """
+    span, room = list[Window](), longest
     for window in windows:
-        if span and (span[-1].end != window.start or len(span) == longest):
+        most = max(1, longest >> 2 * _times(needs, memory, window))
+        if span and (span[-1].end != window.start or len(span) >= min(room, most)):
             yield span
-            span = []
+            span, room = [], longest
         span.append(window)
+        room = min(room, most)
     if span:
         yield span
+
+
+def _times(needs: Needs, memory: Memory, window: Window) -> int:
+    """How often a window was asked for because of its present cause."""
+    asked = memory.asked.get(window)
+    return asked.times if asked is not None and asked.cause == needs.causes[window] else 0

@@ -20,6 +20,11 @@ def windows(settings: Settings) -> dg.TimeWindowPartitionsDefinition:
     return kind(start_date=settings.start, timezone="UTC", fmt=size.key_format)
 
 
+def cover(settings: Settings, window: Window) -> bool:
+    """Whether a window is one of these once it has ended; the lake may hold others, from another FRAISEQL_WINDOW or FRAISEQL_START."""
+    return window.size is settings.window and settings.start <= window.start
+
+
 def windows_of(context: dg.AssetExecutionContext) -> list[Window]:
     """The windows a run was given: one for a single partition, many for a range or a backfill."""
     return [Window.parse(key) for key in context.partition_keys]

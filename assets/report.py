@@ -6,6 +6,7 @@ its type, its entity's type, its time and the names of its fields.
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
@@ -44,30 +45,61 @@ def quarantine_table(settings: Settings) -> dict[str, Any]:
     return _table("events_quarantine", settings, [_column(field, known.get(field.name)) for field in QUARANTINE_SCHEMA])
 
 
-def events_of(done: Materialization, stored: Snapshot) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Rows of both tables, all published windows together. Dagster shows the newest materialization's count as that of the table."""
+
+    events: int
+    quarantined: int
+
+    @classmethod
+    def of(cls, stored: Snapshot) -> "Totals":
+        """As the commits state them: nothing is read."""
+        commits = stored.published.values()
+        return cls(sum(commit.accepted_rows for commit in commits), sum(commit.quarantined_rows for commit in commits))
+
+
+def events_of(done: Materialization, stored: Snapshot, totals: Totals) -> dict[str, Any]:
     """Metadata of one window of ``events``."""
-    commit = done.commit
-    total = done.seconds.get("total", 0.0)
     return {
-        **_row_count(commit.accepted_rows),
+        **events_committed(done),
+        "dagster/row_count": totals.events,
+        "sample": dg.MetadataValue.md(sample(done.window, stored)),
+    }
+
+
+def events_committed(done: Materialization) -> dict[str, Any]:
+    """The part of it that the commit alone tells: nothing is read.
+
+    The counts are those of the whole window, the seconds those of this run. A run that only added late events took them for these, so
+    there is a rate only where a run read the window.
+    """
+    commit, total = done.commit, done.seconds.get("total", 0.0)
+    read_it = total and commit.outcome in ("published", "replaced", "unchanged")
+    return {
+        "dagster/partition_row_count": commit.accepted_rows,
         **_window(done),
         "quarantined rows": commit.quarantined_rows,
         "source rows": commit.source_rows,
         "table version": commit.table_version,
         "content hash": commit.content_hash,
         "stored bytes": commit.bytes,
-        "events per second": round(commit.source_rows / total) if total else 0,
+        **({"events per second": round(commit.source_rows / total)} if read_it else {}),
         **{f"seconds {stage}": round(seconds, 4) for stage, seconds in done.seconds.items()},
-        "sample": dg.MetadataValue.md(sample(done.window, stored)),
     }
 
 
-def quarantine_of(done: Materialization) -> dict[str, Any]:
+def quarantine_of(done: Materialization, totals: Totals) -> dict[str, Any]:
     """Metadata of one window of ``events_quarantine``."""
+    return {**quarantine_committed(done), "dagster/row_count": totals.quarantined}
+
+
+def quarantine_committed(done: Materialization) -> dict[str, Any]:
+    """The part of it that the commit alone tells; the reasons are those of all rejected rows, whichever run rejected them."""
     commit = done.commit
-    reasons = "\n".join(f"| `{reason}` | {rows} |" for reason, rows in sorted(done.reasons.items()))
+    reasons = "\n".join(f"| `{reason}` | {rows} |" for reason, rows in sorted(commit.reasons.items()))
     return {
-        **_row_count(commit.quarantined_rows),
+        "dagster/partition_row_count": commit.quarantined_rows,
         **_window(done),
         **({"table version": commit.quarantine_version} if commit.quarantine_version is not None else {}),
         "reasons": dg.MetadataValue.md(f"| reason | rows |\n|---|---:|\n{reasons}" if reasons else "none"),
@@ -84,7 +116,7 @@ def sample(window: Window, stored: Snapshot) -> str:
     if not rows:
         return "no events"
     lines = [
-        f"| {row['timestamp']:%H:%M:%S.%f} | {row['event_type']} | {_cell(row['entity_type'])} | {_cell(', '.join(row['updated_fields'] or ()))} |"
+        f"| {row['timestamp']:%H:%M:%S.%f} | {row['event_type']} | {_cell(row['entity_type'])} | {_cell(_fields(row['updated_fields']))} |"
         for row in rows
     ]
     return "\n".join(["| time | event | entity | changed fields |", "|---|---|---|---|", *lines])
@@ -113,11 +145,6 @@ def _column(field: pa.Field, column: Column | None) -> dg.TableColumn:
     )
 
 
-def _row_count(rows: int) -> Mapping[str, int]:
-    """Both of Dagster's names: the one its table view shows, and the one for a partition."""
-    return {"dagster/row_count": rows, "dagster/partition_row_count": rows}
-
-
 def _window(done: Materialization) -> Mapping[str, Any]:
     commit = done.commit
     return {
@@ -129,5 +156,10 @@ def _window(done: Materialization) -> Mapping[str, Any]:
     }
 
 
+def _fields(names: list[str | None] | None) -> str:
+    """The column is an array of nullable text, so any name may be null."""
+    return ", ".join("null" if name is None else name for name in names or ())
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")[:120]
+    return " ".join(text.splitlines()).replace("|", "\\|")[:120]

@@ -18,9 +18,14 @@ def build_each_window(settings: Settings, events: dg.AssetsDefinition) -> dg.Sch
     size = settings.window
     hours = "0" if size is WindowSize.DAY else "*"
 
-    @dg.schedule(name="each_window", target=[events], cron_schedule=f"{DELAY_MINUTES} {hours} * * *", execution_timezone="UTC")
+    @dg.schedule(
+        name="each_window",
+        target=[events],
+        cron_schedule=f"{DELAY_MINUTES} {hours} * * *",
+        execution_timezone="UTC",
+        description="Publishes each window a minute after its end.",
+    )
     def each_window(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        """Publishes each window a minute after its end."""
         ended = Window.holding(context.scheduled_execution_time - size.duration, size)
         if ended.start < settings.start:
             return dg.SkipReason(f"The first window starts at {settings.start:%Y-%m-%d %H:%M} UTC.")

@@ -6,18 +6,21 @@ failed run would leave its window missing for ever.
 Invariants
  1. A window that a run in flight was given is left alone.
  2. Neighbouring windows share a run, up to ``windows_per_run``.
+ 3. Only partitions are asked for: Dagster refuses a tick as a whole for one key it does not know. A published window that is none gets
+    a warning where it would get a run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
 import dagster as dg
 
 from fraiseql_pipeline.errors import WindowError
+from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, tile
 
-from . import needs
+from . import needs, partitions
 from .report import EVENTS, QUARANTINE
 from .resources import FraiseQL
 
@@ -34,19 +37,29 @@ _ONLY_NEW = {"ops": {"events": {"config": {"only_new": True}}}}
 def build_catch_up(events: dg.AssetsDefinition) -> dg.SensorDefinition:
     """The sensor over the asset; stopped until somebody starts it."""
 
-    @dg.sensor(name="catch_up", target=[events], minimum_interval_seconds=60)
+    @dg.sensor(
+        name="catch_up",
+        target=[events],
+        minimum_interval_seconds=60,
+        description=(
+            f"Publishes missing windows of the last {needs.LOOK_BACK.days} days; older ones need a backfill. "
+            "Adds late events to every published window, however old."
+        ),
+    )
     def catch_up(context: dg.SensorEvaluationContext, fraiseql: FraiseQL) -> dg.SensorResult:
-        """Publishes windows of the last two days that are missing, and adds late events to every window that is published."""
         settings, now, memory = fraiseql.settings(), datetime.now(UTC), needs.Memory.parse(context.cursor)
         with fraiseql.changelog() as changelog:
             found = needs.look(settings, changelog, fraiseql.lake(), memory, now)
-        spans = list(needs.spans(needs.due(found, memory, in_flight(context.instance), now), settings.windows_per_run))[:MAX_RUNS]
-        asked = [window for span in spans for window in span]
+        due = needs.due(found, memory, in_flight(context.instance), now)
+        ours = [window for window in due if partitions.cover(settings, window)]
+        spans = list(needs.spans(found, memory, ours, settings.windows_per_run))[:MAX_RUNS]
+        others = [window for window in due if not partitions.cover(settings, window)]
+        if others:
+            context.log.warning(_not_ours(others))
+        asked = [*others, *(window for span in spans for window in span)]
         return dg.SensorResult(
             run_requests=[_request(span) for span in spans],
-            skip_reason=None
-            if spans
-            else dg.SkipReason(f"Nothing to ask for; {len(found.causes)} windows wait for runs that were asked for."),
+            skip_reason=None if spans else dg.SkipReason(_why_nothing(settings, found.causes)),
             cursor=needs.remember(found, memory, asked, now).dump(),
         )
 
@@ -61,6 +74,27 @@ def in_flight(instance: dg.DagsterInstance) -> set[Window]:
         if run.asset_selection is None or run.asset_selection & {EVENTS, QUARANTINE}:
             found.update(_windows(run.tags))
     return found
+
+
+def _not_ours(windows: Sequence[Window]) -> str:
+    first = ", ".join(window.key for window in windows[:5])
+    return (
+        f"Events came late to {len(windows):,} published windows that are no partitions: {first}{', …' if windows[5:] else ''}. "
+        "They are from another FRAISEQL_WINDOW or FRAISEQL_START than today's; add the events with `fraiseql-pipeline late`."
+    )
+
+
+def _why_nothing(settings: Settings, needy: Collection[Window]) -> str:
+    waiting = sum(partitions.cover(settings, window) for window in needy)
+    others = len(needy) - waiting
+    said = []
+    if waiting:
+        said += [
+            f"{waiting:,} window{'s wait' if waiting > 1 else ' waits'} for a run that was asked for, or for the next attempt."
+        ]
+    if others:
+        said += [f"{others:,} published window{'s' if others > 1 else ''} with late events can get no run; see the warnings."]
+    return " ".join(said) or "Nothing is missing and nothing came late."
 
 
 def _windows(tags: Mapping[str, str]) -> Iterator[Window]:

@@ -118,7 +118,7 @@ def roapi(lake_uri: str) -> Iterator[Server]:
     beside = Path(sys.executable).with_name("roapi")
     program = str(beside) if beside.exists() else shutil.which("roapi")
     if program is None:
-        raise NotThere("roapi is not installed; pip install fraiseql-pipeline[bench]")
+        raise NotThere("roapi is not installed; pip install 'fraiseql-pipeline[bench]'")
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(3)]
     options = ("--addr-http", addresses[0], "--addr-postgres", addresses[1], "--addr-flight-sql", addresses[2])
     table = f"events={Path(lake_uri).absolute()}/events,format=delta,use_memory_table=false"

@@ -83,7 +83,13 @@ class SettleTimeout(SourceError):
 
 
 class ValidationHalted(PipelineError):
+    """``window``: the key of the window that too many rejected rows halted; None where the columns are at fault."""
+
     exit_code = 4
+
+    def __init__(self, message: str, window: str | None = None) -> None:
+        super().__init__(message)
+        self.window = window
 
 
 class LakeError(PipelineError):

@@ -307,9 +307,7 @@ class _Broken:
 
 
 @contextmanager
-def _ahead(
-    source: AbstractContextManager[_S], work: Callable[[_S], Generator[_T]], depth: int = _AHEAD
-) -> Iterator[Iterator[_T]]:
+def _ahead(source: AbstractContextManager[_S], work: Callable[[_S], Generator[_T]], depth: int = _AHEAD) -> Iterator[Iterator[_T]]:
     """What ``work`` makes of what ``source`` gives, by a thread of its own that is at most ``depth`` items ahead.
 
     An error of the thread is raised where its item would have come. Leaving the block stops the thread, closes the source and then waits

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +34,9 @@ _SECRET = frozenset(
     }
 )
 
+#: Schemes of object stores; one with less than two slashes behind it would be the name of a directory.
+_STORES = "s3a?|gc?s|az|azure|abfss?"
+
 #: HS256 keys shorter than the hash weaken it (RFC 7518, 3.2).
 _MIN_SECRET_BYTES = 32
 
@@ -49,7 +54,8 @@ class Settings(BaseSettings):
     )
 
     database_url: str | None = Field(
-        None, description="libpq URL of the change log; unset: an embedded Postgres with sample events"
+        None,
+        description="libpq URL of the change log; unset: an embedded Postgres with sample events under ./.fraiseql",
     )
     lake_uri: str = Field("./.fraiseql/lake", description="where the Delta tables are: a path, or an s3://, gs:// or az:// URI")
     lake_options: Annotated[dict[str, str], NoDecode] = Field(
@@ -60,14 +66,23 @@ class Settings(BaseSettings):
         datetime(2026, 1, 1, tzinfo=UTC),
         description="start of the first window; set, a read of earlier windows that are not published names them as missing",
     )
-    max_rejected_share: float = Field(0.05, ge=0, le=1, description="share of rejected rows above which a window is halted")
-    settle_timeout_seconds: float = Field(30.0, ge=0, description="how long to wait for open writers before a run gives up")
-    seal_timeout_seconds: float = Field(
-        5.0, ge=0, description="how long to wait for open transactions before a window is provisional"
+    max_rejected_share: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of rejected rows above which a window is halted; 10 rejected rows never halt one, unless the share is 0",
     )
-    clock_margin_seconds: float = Field(5.0, ge=0, description="how far behind the database clock a window must end to be sealed")
+    settle_timeout_seconds: float = Field(
+        30.0, ge=0, le=86_400, description="how long to wait for open writers before a run gives up"
+    )
+    seal_timeout_seconds: float = Field(
+        5.0, ge=0, le=86_400, description="how long to wait for open transactions before a window is provisional"
+    )
+    clock_margin_seconds: float = Field(
+        5.0, ge=0, le=86_400, description="how far behind the database clock a window must end to be sealed"
+    )
     read_connections: int = Field(2, ge=1, le=32, description="connections that read one window side by side")
-    read_timeout_seconds: float = Field(700.0, gt=0, description="how long one read of a window may take in Postgres")
+    read_timeout_seconds: float = Field(700.0, gt=0, le=86_400, description="how long one read of a window may take in Postgres")
     windows_per_run: int = Field(96, ge=1, le=10_000, description="consecutive windows of a Dagster backfill that share one run")
     arrow_flight_enabled: bool = Field(True, description="whether the Flight server may start")
     arrow_flight_bind: str = Field("127.0.0.1:50051", description="host:port of the Flight server")
@@ -183,6 +198,17 @@ class Settings(BaseSettings):
         del dotenv_settings, file_secret_settings
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, object]]:
+        """Without the values that a log must not hold."""
+        return ((name, "…" if name in _SECRET and value else value) for name, value in super().__repr_args__())
+
+    @field_validator("lake_uri")
+    @classmethod
+    def _check_lake_uri(cls, value: str) -> str:
+        if found := re.match(rf"({_STORES}|https?):(?!//)", value):
+            raise ValueError(f"must be a path, or start with {found[1]}:// and the bucket")
+        return value
+
     @field_validator("lake_options", mode="before")
     @classmethod
     def _parse_options(cls, value: object) -> object:
@@ -292,10 +318,38 @@ def _explain(error: ValidationError) -> str:
             continue
         name = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":  # a misspelt name may hold anything, a password too
-            problems[name] = f"there is no setting {name[:64]!r}"
+            near = _nearest(name)
+            problems[name] = f"there is no setting {name[:64]!r}" + (f" (did you mean {near!r}?)" if near else "")
             continue
         if not message.startswith("must "):
             message = "must " + message
         got = "" if name in _SECRET else f", got {str(problem['input'])[:64]!r}"
         problems[name] = f"FRAISEQL_{name.upper()} {message}{got}"
     return "Settings are wrong: " + "; ".join(problems.values()) + "."
+
+
+# ------------------------------------------------------------------------------------------------------------- misspelt names
+
+#: Variables of this project that are no settings of the package.
+_ELSEWHERE = frozenset({"FRAISEQL_DBT_DATABASE", "FRAISEQL_TEST_DSN"})
+
+#: ``difflib``'s measure from which two names are taken for one: 0.9 and more for a letter missing, added, doubled or swapped; other
+#: programs' names reach 0.7 (NATS_URL and DATABASE_URL).
+_NEAR = 0.78
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """The variables that begin with ``FRAISEQL_`` and are no setting → the setting that was probably meant, or None.
+
+    FraiseQL itself and its other programs have variables of that prefix too, so one that is like no setting is not a mistake.
+    """
+    found = sorted({name for name in names if name.upper().startswith("FRAISEQL_") and name.upper() not in _ELSEWHERE})
+    bare = {name: name.upper().removeprefix("FRAISEQL_").lower() for name in found}
+    unknown = {name: _nearest(short) for name, short in bare.items() if short not in Settings.model_fields}
+    return {name: f"FRAISEQL_{near.upper()}" if near else None for name, near in unknown.items()}
+
+
+def _nearest(name: str) -> str | None:
+    known = list(Settings.model_fields)
+    near = get_close_matches(name.lower(), known, 1, _NEAR)
+    return near[0] if near else next((other for other in known if name and other.startswith(f"{name.lower()}_")), None)

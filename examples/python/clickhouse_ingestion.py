@@ -50,7 +50,7 @@ BY_TYPE = "SELECT entity_type, count() FROM observer_events FINAL GROUP BY entit
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Load events into ClickHouse.")
     arguments.add_argument("url", nargs="?", default="grpc://localhost:50051")
-    arguments.add_argument("ticket", nargs="?", default="events:*:now-1h:now:10000")
+    arguments.add_argument("ticket", nargs="?", default="events:*:now-24h:now:10000")
     arguments.add_argument("--host", default="localhost")
     arguments.add_argument("--port", type=int, default=8123)
     arguments.add_argument("--user", default="default")

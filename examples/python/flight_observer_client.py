@@ -9,6 +9,7 @@ Needs pyarrow and polars, nothing else: any Arrow Flight client can do this. The
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
@@ -27,8 +28,11 @@ def main() -> None:
     start, end = (now - timedelta(hours=chosen.hours)).isoformat(), now.isoformat()
 
     client = flight.connect(f"grpc://{chosen.host}:{chosen.port}")
-    reader = client.do_get(flight.Ticket(f"events:{chosen.entity_type}:{start}:{end}:10000"))
-    events = pl.from_arrow(reader.read_all())
+    try:
+        reader = client.do_get(flight.Ticket(f"events:{chosen.entity_type}:{start}:{end}:10000"))
+        events = pl.from_arrow(reader.read_all())
+    except flight.FlightError as refused:
+        sys.exit(str(refused))
 
     print(f"Received {len(events)} events")
     print(events.head())

@@ -1,12 +1,13 @@
 """Ask DuckDB about the events of a ticket while they stream: no table is made, so any range fits into memory.
 
-    python read_with_duckdb.py grpc://localhost:50051 'events:Order:now-1h:now:10000'
+    python read_with_duckdb.py [URL] [TICKET]
 
 Needs fraiseql-pipeline and duckdb.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import duckdb
@@ -45,8 +46,14 @@ def main(url: str, ticket: str) -> None:
 
 
 if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(
+        description="Count the events of a ticket.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    arguments.add_argument("url", nargs="?", default="grpc://localhost:50051", help="the Flight server")
+    arguments.add_argument("ticket", nargs="?", default="events:*:now-24h:now:10000", help="which events")
+    chosen = arguments.parse_args()
     try:
-        main(*sys.argv[1:])
+        main(chosen.url, chosen.ticket)
     except PipelineError as refused:
         sys.exit(str(refused))
     except duckdb.Error as broken:

@@ -1,12 +1,13 @@
 """Read the events of a ticket into a polars frame, without a copy, and count them.
 
-    python read_with_polars.py grpc://localhost:50051 'events:Order:now-1h:now:10000'
+    python read_with_polars.py [URL] [TICKET]
 
 Needs fraiseql-pipeline, which brings polars.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import polars as pl
@@ -30,7 +31,13 @@ def main(url: str, ticket: str) -> None:
 
 
 if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(
+        description="Count the events of a ticket.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    arguments.add_argument("url", nargs="?", default="grpc://localhost:50051", help="the Flight server")
+    arguments.add_argument("ticket", nargs="?", default="events:*:now-24h:now:10000", help="which events")
+    chosen = arguments.parse_args()
     try:
-        main(*sys.argv[1:])
+        main(chosen.url, chosen.ticket)
     except PipelineError as refused:
         sys.exit(str(refused))

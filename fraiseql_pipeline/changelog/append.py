@@ -5,14 +5,15 @@ sound (``flight/upload.py``).
 
 Invariants
  1. A batch is one transaction: all of its new events are in the log and on disk when ``append`` returns, or none is.
- 2. Appending the same events again, at the same time or later, changes nothing: an event is known by its id at its time.
+ 2. Appending the same events again, at the same time or later, changes nothing: an event is known by its id at its time, for its tenant.
  3. Rows are what ``event.py`` reads back as the very events, except that jsonb prints their payload its own way.
 """
 
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ _BETWEEN = "\x01"
 #: What other appends, or a migration, may hold a batch up.
 _LOCK_SECONDS = 30
 _STATEMENT_SECONDS = 120.0
+#: What closing waits for Postgres to cancel an append, and for the append to end.
+_CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,17 @@ class Appended:
 
 
 class Appender:
-    """Appends to the change log behind a URL, one batch after the other. The connection is made by the first, and anew after it failed."""
+    """Appends to the change log behind a URL, one batch after the other. The connection is made by the first, and anew after it failed.
+
+    Used by any thread. ``close`` ends what is under way.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._lock = threading.Lock()
         self._open = ExitStack()
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
+        self._closed = False
 
     def append(self, events: pa.RecordBatch, producer: str) -> Appended:
         """Append events of ``EVENT_SCHEMA``, sound by the rules of the column table, whose ``user_id`` is a bigint as text.
@@ -61,7 +68,7 @@ class Appender:
         when the role may not write, ``SourceUnavailable`` when it is not known whether the batch was appended: append it again.
         """
         values = {name: _BETWEEN.join(_texts(events, name)) for name in EVENT_SCHEMA.names}
-        with self._lock:
+        with self._turn():
             try:
                 connection = self._connected()
                 with connection.transaction():
@@ -73,8 +80,23 @@ class Appender:
         return Appended(inserted, events.num_rows - inserted)
 
     def close(self) -> None:
+        """Cancel the append that runs and refuse those that wait for it; returns after a few seconds even if the database does not answer."""
+        self._closed = True
+        if (connection := self._connection) is not None and self._lock.locked():
+            with suppress(psycopg.Error):
+                connection.cancel_safe(timeout=_CLOSE_SECONDS)
+        if self._lock.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._disconnect()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         with self._lock:
-            self._disconnect()
+            if self._closed:
+                raise SourceUnavailable("The change log is being closed; nothing of the batch was appended, send it again.")
+            yield
 
     def _connected(self) -> psycopg.Connection[tuple[Any, ...]]:
         if self._connection is None or self._connection.closed:

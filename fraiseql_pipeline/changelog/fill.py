@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import polars as pl
@@ -32,6 +32,9 @@ from fraiseql_pipeline.changelog.binary import copied
 from fraiseql_pipeline.changelog.connection import TABLE, connect, sql, translated
 from fraiseql_pipeline.changelog.contract import ACCEPTED_TYPES
 from fraiseql_pipeline.errors import InputError, SourceRefused
+
+#: How many events the embedded log gets when nobody fills it on purpose.
+EMBEDDED_EVENTS = 300_000
 
 #: Told after every slice how many events it wrote.
 Progress = Callable[[int], None]
@@ -111,14 +114,18 @@ def create_contract(url: str) -> None:
             connection.execute(sql("contract"))
 
 
-def embedded_changelog(server_url: str, *, create: bool) -> str | None:
-    """URL of the change log on the embedded server; None where it has none that holds events. ``create`` makes an empty one instead."""
+def embedded_changelog(server_url: str, *, create: bool, events: int) -> str | None:
+    """URL of the change log on the embedded server; None where it holds no events.
+
+    ``events``: fills an empty one with so many of the last two days. ``create``: an empty one is what is wanted.
+    """
     url = embedded.database_url(server_url, _DATABASE)
-    if create:
+    if create or events:
         with _writing(server_url) as connection, suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
             if not _has_database(connection):
                 connection.execute(f"CREATE DATABASE {_DATABASE}")
         create_contract(url)
+    if create:
         return url
     with connect(server_url) as connection:
         if not _has_database(connection):
@@ -126,7 +133,16 @@ def embedded_changelog(server_url: str, *, create: bool) -> str | None:
     with connect(url) as connection:
         if connection.execute(f"SELECT to_regclass('{TABLE}')").fetchone() == (None,):
             return None
-        return url if connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone() else None
+        if events:
+            # Held while filling, so that processes started together fill once: they wait as long as it takes.
+            connection.execute("SET lock_timeout = 0; SET statement_timeout = 0")
+            connection.execute("SELECT pg_advisory_lock(hashtext('fraiseql-pipeline sample'))")
+        if connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone():
+            return url
+        if not events:
+            return None
+        write_sample(_Url(url), events, end=datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
+    return url
 
 
 def _has_database(connection: psycopg.Connection[Any]) -> bool:
@@ -146,6 +162,11 @@ def scratch_database(server_url: str) -> Iterator[str]:
     finally:
         with _writing(server_url) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Url:
+    url: str
 
 
 @contextmanager

@@ -85,6 +85,14 @@ def audit(connection: psycopg.Connection[Any], window: Window, settled_pk: int) 
     return Audit(row[0], int(row[1]), row[2])
 
 
+def hours_from(connection: psycopg.Connection[Any], contract: Contract, start: datetime, most: int) -> list[datetime]:
+    """The hours that have events at ``start`` or later, oldest first, at most so many."""
+    with translated():
+        statement = sql("hours_from").format(at=contract.expression("created_at"))
+        rows = connection.execute(statement, {"start": start, "most": most}).fetchall()
+    return [as_utc(hour) for (hour,) in rows]
+
+
 def unplaced(connection: psycopg.Connection[Any]) -> int:
     """How many rows have a ``created_at`` that is null, infinite or outside the years 1 to 9999: they belong to no window."""
     with translated():

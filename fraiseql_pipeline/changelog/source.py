@@ -6,6 +6,7 @@ What lives here: opening it, and the calls. What must not: how any of them is do
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,7 +25,8 @@ from fraiseql_pipeline.changelog.preflight import preflight
 from fraiseql_pipeline.changelog.read import Readers
 from fraiseql_pipeline.changelog.settle import Settlement, settle
 from fraiseql_pipeline.changelog.tail import Tail
-from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.settings import Settings, unknown_variables
 from fraiseql_pipeline.window import Window
 
 _T = TypeVar("_T")
@@ -93,6 +95,10 @@ class ChangeLog:
         with connect(self.url, statement_timeout_seconds=self.settings.read_timeout_seconds) as connection:
             yield Tail(connection, contract, self._readers, self.settings.settle_timeout_seconds, given_up)
 
+    def where(self) -> str:
+        """Database, server and role as the connection has them, to be shown to who asks; never a password."""
+        return self._ask(_where)
+
     def unplaced(self) -> int:
         """Rows that belong to no window: ``created_at`` is null, infinite or outside the years 1 to 9999."""
         self._proved()
@@ -107,6 +113,11 @@ class ChangeLog:
         """The first and the last time of an event that has one. Raises ``SourceRefused`` when there is none."""
         self._proved()
         return self._ask(late.span)
+
+    def hours_from(self, start: datetime, most: int) -> list[datetime]:
+        """The hours that have events at ``start`` or later, oldest first, at most so many: what was written ahead of the clock."""
+        contract = self._proved()
+        return self._ask(lambda connection: late.hours_from(connection, contract, start, most))
 
     def append(self, events: pa.RecordBatch, producer: str) -> Appended:
         """Insert events that the log does not hold yet, in one transaction on a connection of its own; see ``append.Appender``."""
@@ -133,24 +144,44 @@ class ChangeLog:
             return question(self._connection)
 
 
+def _where(connection: psycopg.Connection[tuple[object, ...]]) -> str:
+    info = connection.info
+    server = "a Unix socket" if info.host.startswith("/") else f"{info.host}:{info.port}"
+    return f"database {info.dbname} on {server} as {info.user}"
+
+
 @contextmanager
-def open_changelog(
-    settings: Settings, *, create: bool = False, sample_events: int = fill.EMBEDDED_EVENTS, progress: fill.Progress | None = None
-) -> Iterator[ChangeLog]:
+def open_changelog(settings: Settings, *, create: bool = False, samples: bool = True) -> Iterator[ChangeLog]:
     """The change log of ``settings.database_url``; touches nothing until it is asked.
 
-    Where no URL is set: that of the embedded Postgres, started or joined, with ``sample_events`` sample events if it has none yet, of
-    which ``progress`` is told. ``create`` makes the contract where it is missing and writes no samples, wherever the log is.
+    Where no URL is set: the embedded one under the working directory, its server started or joined, filled with sample events at first
+    use; not so with ``samples`` off, nor where the lake is in an object store or a variable looks like a misspelt URL: nobody wants made-up
+    events there, and there is a ``SettingsError``. ``create`` makes the contract where it is missing, wherever the log is, and writes
+    no events.
     """
     with ExitStack() as stack:
         url = settings.database_url
         if url is None:
-            url = fill.embedded_changelog(stack.enter_context(embedded.start()), 0 if create else sample_events, progress)
+            url = _embedded(stack, settings, create=create, samples=samples)
         elif create:
             fill.create_contract(url)
         changelog = ChangeLog(url, settings)
         stack.callback(changelog.close)
         yield changelog
+
+
+def _embedded(stack: ExitStack, settings: Settings, *, create: bool, samples: bool) -> str:
+    for name, meant in unknown_variables(os.environ).items():
+        if meant == "FRAISEQL_DATABASE_URL":
+            raise SettingsError(f"{name} is not a setting; did you mean {meant}?")
+    if "://" in settings.lake_uri.removeprefix("file://"):
+        samples = False
+    if create or samples or embedded.exists():
+        events = fill.EMBEDDED_EVENTS if samples and not create else 0
+        url = fill.embedded_changelog(stack.enter_context(embedded.start()), create=create, events=events)
+        if url is not None:
+            return url
+    raise SettingsError("FRAISEQL_DATABASE_URL is not set; set it, or try sample events with `fraiseql-pipeline sample`.")
 
 
 @contextmanager

@@ -9,14 +9,16 @@ Exit codes: 0 done · 1 a defect or an interrupted run · 2 a wrong argument or 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
 from fraiseql_pipeline.cli import bench, demo, flight, lake, source, windows
-from fraiseql_pipeline.cli.output import Output, package_version
-from fraiseql_pipeline.errors import PipelineError, SettleTimeout
+from fraiseql_pipeline.cli.output import Output, package_version, printable
+from fraiseql_pipeline.errors import LakeUnavailable, PipelineError, SettleTimeout
 from fraiseql_pipeline.settings import Settings
 
 
@@ -34,19 +36,36 @@ class Commands(click.Group):
         except PipelineError as error:
             lines = [f"Error: {error}"]
             if isinstance(error, SettleTimeout):
-                lines += [f"  {blocker}" for blocker in error.blockers]
-            click.echo("\n".join(lines), err=True)
+                lines += [f"  {blocker}" for blocker in error.blockers if blocker not in str(error)]
+            if isinstance(error, LakeUnavailable) and isinstance(ctx.obj, Output):
+                lines += _store(ctx.obj)
+            click.echo("\n".join(printable(line) for line in lines), err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
-            # The reader of a pipe (head, less) has seen enough; closing stderr keeps the interpreter from complaining at exit.
+            # Nobody reads stderr any more; closing it keeps the interpreter from complaining at exit.
             sys.stderr.close()
             ctx.exit(0)
+
+
+def _store(output: Output) -> list[str]:
+    """Which object store did not answer: the errors of its client name neither bucket nor endpoint."""
+    if "settings" not in vars(output) or "://" not in output.settings.lake_uri:
+        return []
+    parts = urlsplit(output.settings.lake_uri)
+    options = {name.lower(): value for name, value in (*os.environ.items(), *output.settings.lake_options.items())}
+    endpoint = next(
+        (options[name] for name in ("aws_endpoint_url", "aws_endpoint", "endpoint_url", "endpoint") if name in options), ""
+    )
+    where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return [f"  The lake is {where}" + (f" at {urlsplit(endpoint).netloc.rpartition('@')[2]}." if endpoint else ".")]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_version(), prog_name="fraiseql-pipeline")
 @click.option(
-    "--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with settings (FRAISEQL_ names, lower case)."
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file with settings: their names in lower case, without FRAISEQL_.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context

@@ -8,8 +8,22 @@ from datetime import UTC, datetime
 import click
 
 from fraiseql_pipeline.cli.output import Output, pass_output
+from fraiseql_pipeline.errors import LakeEmpty
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.window import Window
+
+
+def nothing_published(lake: Lake) -> str:
+    """The sentence for a lake that is not there, which may be a path that is not meant."""
+    return (
+        f"Nothing is published in {lake.uri}; check FRAISEQL_LAKE_URI, or publish windows with "
+        "`fraiseql-pipeline materialize --start … --end now`."
+    )
+
+
+def _check_something(lake: Lake) -> None:
+    if lake.newest() is None:
+        raise LakeEmpty(nothing_published(lake))
 
 
 @click.command()
@@ -17,7 +31,10 @@ from fraiseql_pipeline.window import Window
 @pass_output
 def fsck(output: Output, repair: bool) -> None:
     """Look for torn log entries, missing files and counts that do not match. Exit code 5 when something is wrong."""
-    findings = Lake.of(output.settings).fsck(repair=repair)
+    lake = Lake.of(output.settings)
+    findings = lake.fsck(repair=repair)
+    if not findings:
+        _check_something(lake)
     open_findings = [finding for finding in findings if not finding.repaired]
     output.result({"findings": [asdict(finding) for finding in findings]})
     if not findings:
@@ -36,7 +53,9 @@ def fsck(output: Output, repair: bool) -> None:
 @pass_output
 def maintain(output: Output) -> None:
     """Compact closed days, write a checkpoint, delete files that nothing refers to any more."""
-    done = asdict(Lake.of(output.settings).maintain(datetime.now(UTC)))
+    lake = Lake.of(output.settings)
+    _check_something(lake)
+    done = asdict(lake.maintain(datetime.now(UTC)))
     output.result(done)
     rows = [(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else len(value)) for name, value in done.items()]
     output.table("Maintenance", ("what", "count"), rows)
@@ -51,7 +70,9 @@ def quarantine() -> None:
 @pass_output
 def quarantine_list(output: Output) -> None:
     """How many events are quarantined, per window."""
-    published = Lake.of(output.settings).published()
+    lake = Lake.of(output.settings)
+    _check_something(lake)
+    published = lake.published()
     held = {window: commit for window, commit in sorted(published.items()) if commit.quarantined_rows}
     output.result(
         {"windows": [{"window": w.key, "quarantined_rows": c.quarantined_rows, "reasons": c.reasons} for w, c in held.items()]}
@@ -72,7 +93,11 @@ def quarantine_list(output: Output) -> None:
 @pass_output
 def quarantine_show(output: Output, window: str, limit: int) -> None:
     """The rejected events of one WINDOW (a key such as 2026-11-01-13:00): keys and reasons, with what fitted no column."""
-    table = Lake.of(output.settings).quarantined(Window.parse(window)).slice(0, limit)
+    lake, asked = Lake.of(output.settings), Window.parse(window)
+    if asked not in lake.published(asked.start, asked.end):
+        _check_something(lake)
+        raise LakeEmpty(f"Window {window} is not published; `fraiseql-pipeline quarantine list` names those with rejected events.")
+    table = lake.quarantined(asked).slice(0, limit)
     rows = table.select(["pk", "event_id", "entity_type", "raw", "reasons"]).to_pylist()
     output.result({"window": window, "events": rows})
     if not rows:

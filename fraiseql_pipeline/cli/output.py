@@ -6,20 +6,23 @@ What lives here: the choice between the three. What must not: a decision about w
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import IO, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.settings import Settings, unknown_variables
 
 
 def package_version() -> str:
@@ -33,59 +36,106 @@ Step = Callable[[str, int], None]
 """Called as work is done: what was just done, and how many units that were."""
 
 
+class _Console(Console):
+    """Writes what it is given: no markup, no emoji, no wrapping of lines. Whoever read it may go away without ending the work."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """The reader of a pipe (head, less) has seen enough: the rest goes nowhere, and neither does what Python flushes at its end."""
+        self.quiet = True
+        forget(self.file)
+
+
+def forget(stream: IO[str]) -> None:
+    """Let a stream whose reader is gone write into nothing."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
+
+
 @dataclass
 class Output:
-    """Of one command. Human text goes to stdout, or to stderr when stdout carries JSON, so that a pipe stays machine-readable."""
+    """Of one command. What it found goes to stdout, progress and remarks to stderr; with ``--json``, stdout has the object alone."""
 
     as_json: bool
     load: Callable[[], Settings]
     console: Console = field(init=False)
+    aside: Console = field(init=False)
 
     def __post_init__(self) -> None:
-        self.console = Console(stderr=self.as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.aside = _Console(stderr=True)
+        self.console = self.aside if self.as_json else _Console(stderr=False)
 
     @cached_property
     def settings(self) -> Settings:
+        for name, meant in unknown_variables(os.environ).items():
+            if meant is not None:
+                self.remark(f"{name} is not a setting; did you mean {meant}?")
         return self.load()
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.console.is_terminal
+
+    @property
+    def width(self) -> int:
+        """Characters of a line of the terminal."""
+        return self.console.width
 
     def say(self, text: str) -> None:
         """A line for a person."""
-        self.console.print(text, markup=False)
+        self.console.print(text, soft_wrap=True)
+
+    def remark(self, text: str) -> None:
+        """A line for a person that is no part of what the command was asked for."""
+        self.aside.print(text, soft_wrap=True)
 
     def result(self, value: dict[str, Any]) -> None:
         """The command's result; printed only with ``--json``."""
         if self.as_json:
-            click.echo(json.dumps(value, default=str))
+            try:
+                click.echo(json.dumps(value, default=str))
+            except BrokenPipeError:
+                forget(sys.stdout)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Aligned columns, drawn on a terminal; nothing with ``--json``, which tells the same."""
+        """Aligned columns, numbers to the right; drawn on a terminal. Nothing with ``--json``, which tells the same."""
         if self.as_json:
             return
-        if self.console.is_terminal:
-            drawn = Table(title=title or None, title_justify="left", title_style="bold")
-            for name in header:
-                drawn.add_column(name, justify="left" if name == header[0] else "right")
-            for row in rows:
-                drawn.add_row(*(str(cell) for cell in row))
+        cells = [[printable(str(cell)) for cell in row] for row in rows]
+        right = [bool(cells) and all(map(_NUMBER.fullmatch, column)) for column in zip(*cells, strict=True)] or [False] * len(
+            header
+        )
+        if self.is_terminal:
+            drawn = Table(title=Text(title) if title else None, title_justify="left", title_style="bold")
+            for name, number in zip(header, right, strict=True):
+                drawn.add_column(Text(name), justify="right" if number else "left")
+            for row in cells:
+                drawn.add_row(*map(Text, row))
             self.console.print(drawn)
             return
-        widths = [max(len(str(cell)) for cell in column) for column in zip(header, *rows, strict=True)]
-        for row in (header, *rows):
-            self.say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        widths = [min(max(map(len, column)), _PADDED) for column in zip(header, *cells, strict=True)]
+        for row in ([*header], *cells):
+            aligned = (
+                cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(row, widths, right, strict=True)
+            )
+            self.say("  ".join(aligned).rstrip())
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str) -> Iterator[Step]:
-        """A bar on a terminal; elsewhere a line per tenth, so that a log shows that work goes on."""
-        if self.console.is_terminal:
+        """A bar on a terminal; elsewhere a line per tenth, so that a log shows that work goes on. On stderr: stdout is for the result."""
+        if self.aside.is_terminal:
             columns = (
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(unit),
                 TimeElapsedColumn(),
             )
-            with Progress(*columns, console=self.console, transient=True) as bar:
+            with Progress(*columns, console=self.aside, transient=True) as bar:
                 task = bar.add_task(title, total=total)
                 yield lambda what, units: bar.update(task, advance=units, description=f"{title} {what}".strip())
             return
@@ -96,9 +146,21 @@ class Output:
             done += units
             if total and done * 10 // total > tenths:
                 tenths = done * 10 // total
-                self.say(f"{title}: {done:,} of {total:,} {unit} ({what})" if what else f"{title}: {done:,} of {total:,} {unit}")
+                self.remark(f"{title}: {done:,} of {total:,} {unit} ({what})" if what else f"{title}: {done:,} of {total:,} {unit}")
 
         yield step
+
+
+#: A cell of a column of figures, with a unit or a share, or without one.
+_NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?|")
+
+#: Cells up to this are padded where lines are not drawn; a payload of 10 kB would push what follows as far to the right in every line.
+_PADDED = 60
+
+
+def printable(text: str) -> str:
+    """The text with what would move the cursor, break the line or turn its direction spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def pass_output(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,56 +2,111 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import click
 
-from fraiseql_pipeline.changelog import SHAPES, ShapeName, open_changelog, write_sample
+from fraiseql_pipeline import pipeline
+from fraiseql_pipeline.changelog import SHAPES, ChangeLog, Settlement, ShapeName, open_changelog, write_sample
 from fraiseql_pipeline.cli.output import Output, pass_output
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.errors import LakeUnavailable, PipelineError, SourceRefused
+from fraiseql_pipeline.lake import Commit, Lake
+from fraiseql_pipeline.lake.storage import LocalStorage
+from fraiseql_pipeline.settings import unknown_variables
 from fraiseql_pipeline.window import parse_time
+
+_EMBEDDED = "embedded Postgres in .fraiseql, sample events"
+
+
+@contextmanager
+def source_of(output: Output, *, samples: bool = False) -> Iterator[ChangeLog]:
+    """The change log of a command, which says so where it is one of made-up events. ``samples``: they may be made up now."""
+    with open_changelog(output.settings, samples=samples) as changelog:
+        if output.settings.database_url is None:
+            output.remark(f"source: {_EMBEDDED}")
+        yield changelog
 
 
 @click.command()
 @pass_output
 def doctor(output: Output) -> None:
     """Check everything a run needs: the source, its privileges, open writers, the lake. Writes nothing."""
-    settings = output.settings
-    with open_changelog(settings) as changelog:
+    settings, lake = output.settings, Lake.of(output.settings)
+    with source_of(output) as changelog:
         contract = changelog.preflight()
         settlement = changelog.settle()
         unplaced = changelog.unplaced()
-    published = Lake.of(settings).published()
-    warnings = list(contract.warnings)
-    if settlement.blockers:
-        warnings += [f"open transaction: {blocker}" for blocker in settlement.blockers]
+        where = _EMBEDDED if settings.database_url is None else changelog.where()
+    published, newest = lake.published(), lake.newest()
+    problems = [*_unlike(newest, settlement), *_unwritable(lake)]
+    warnings = [warning.rstrip(".") for warning in contract.warnings]
+    warnings += [f"open transaction: {blocker}" for blocker in settlement.blockers]
     if unplaced:
         warnings.append(
             f"{unplaced:,} events have an infinite or impossible created_at and belong to no window; correct them in the source"
         )
+    warnings += [f"{name} is not a setting of this program" for name, meant in unknown_variables(os.environ).items() if not meant]
+    sealed = settlement.sealed_until if settlement.sealed_until.year > 1 else None
     output.result(
         {
             "source": contract.identity,
+            "source_is": where,
+            "lake": settings.lake_uri,
             "can_seal": contract.can_seal,
             "settled_pk": settlement.settled_pk,
-            "sealed_until": settlement.sealed_until,
+            "sealed_until": sealed,
             "published_windows": len(published),
             "warnings": warnings,
+            "problems": [str(problem) for problem in problems],
         }
     )
     output.table(
         "Doctor",
         ("check", "found"),
         [
+            ("source", where),
             ("change log", "readable"),
-            ("windows can be proven complete", "yes" if contract.can_seal else "no, they stay provisional"),
+            ("windows can be sealed", "yes" if contract.can_seal else "no, they stay provisional"),
             ("settled up to key", f"{settlement.settled_pk:,}"),
-            ("sealed until", f"{settlement.sealed_until:%Y-%m-%d %H:%M:%S} UTC"),
+            ("sealed until", f"{sealed:%Y-%m-%d %H:%M:%S} UTC" if sealed else "nothing"),
+            ("lake", settings.lake_uri),
             ("published windows", f"{len(published):,}"),
         ],
     )
     for warning in warnings:
         output.say(f"Warning: {warning}.")
+    for problem in problems[1:]:
+        output.say(f"Problem: {problem}")
+    if problems:
+        raise problems[0]
+
+
+def _unlike(newest: Commit | None, settlement: Settlement) -> Iterator[PipelineError]:
+    """What `materialize` would refuse: a source that is not the one the lake was published from."""
+    try:
+        pipeline.check_same_source(newest, settlement)
+    except SourceRefused as error:
+        yield error
+
+
+def _unwritable(lake: Lake) -> Iterator[PipelineError]:
+    """Whether the lake's directory takes files, without leaving one. Of an object store, only a write would tell."""
+    storage = lake.events.storage
+    if not isinstance(storage, LocalStorage):
+        return
+    at = next((folder for folder in (storage.root, *storage.root.parents) if folder.exists()), storage.root)
+    try:
+        with tempfile.TemporaryFile(dir=at):
+            return
+    except OSError as error:
+        yield LakeUnavailable(
+            f"The lake cannot be written: {os.strerror(error.errno) if error.errno else 'no such directory'}; "
+            "check FRAISEQL_LAKE_URI and who may write there."
+        )
 
 
 @click.command()
@@ -64,7 +119,7 @@ def doctor(output: Output) -> None:
     default="typical",
     show_default=True,
     type=click.Choice(SHAPES),
-    help="Width of the events: 155 bytes of JSON on average, or 450, most of it nested.",
+    help="Width of the events: 155 bytes of JSON in `data` on average, or 450, most of it nested.",
 )
 @pass_output
 def sample(output: Output, events: int, days: int, end: str, seed: int, shape: ShapeName) -> None:

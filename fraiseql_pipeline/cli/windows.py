@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 import click
 
 from fraiseql_pipeline import pipeline
-from fraiseql_pipeline.changelog import open_changelog
+from fraiseql_pipeline.cli.lake import nothing_published
 from fraiseql_pipeline.cli.output import Output, pass_output
-from fraiseql_pipeline.errors import WindowError
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.cli.source import source_of
+from fraiseql_pipeline.errors import LakeEmpty, WindowError
+from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import Window, parse_time, tile
+from fraiseql_pipeline.window import Window, WindowSize, parse_time, tile
 
 _TIME = "Time: ISO 8601 (naive is UTC), or now, now-1h, now-7d."
 
@@ -25,17 +26,20 @@ _TIME = "Time: ISO 8601 (naive is UTC), or now, now-1h, now-7d."
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 32), help="Windows worked on side by side.")
 @click.option("--force", is_flag=True, help="Rewrite windows whose content is unchanged.")
 @click.option("--allow-shrink", is_flag=True, help="Let a window lose events that the source no longer has.")
+@click.option("--other-size", is_flag=True, help="Publish windows of another size than the lake has, whole days instead of hours.")
 @pass_output
-def materialize(output: Output, start: str, end: str, jobs: int, force: bool, allow_shrink: bool) -> None:
+def materialize(output: Output, start: str, end: str, jobs: int, force: bool, allow_shrink: bool, other_size: bool) -> None:
     """Publish the windows from --start to --end, one Delta commit each. Running it again changes nothing."""
-    settings = output.settings
+    settings, lake = output.settings, Lake.of(output.settings)
     chosen = _windows(start, end, settings)
-    with open_changelog(settings) as changelog, output.progress("Materializing", len(chosen), "windows") as step:
+    if not other_size:
+        _check_size(chosen, lake)
+    with source_of(output, samples=True) as changelog, output.progress("Materializing", len(chosen), "windows") as step:
         done = pipeline.materialize(
             chosen,
             settings=settings,
             changelog=changelog,
-            lake=Lake.of(settings),
+            lake=lake,
             jobs=jobs,
             force=force,
             allow_shrink=allow_shrink,
@@ -52,9 +56,8 @@ def materialize(output: Output, start: str, end: str, jobs: int, force: bool, al
 def late(output: Output, start: str | None, end: str | None, jobs: int) -> None:
     """Add late events to the published windows they belong to."""
     settings, lake = output.settings, Lake.of(output.settings)
-    now = datetime.now(UTC)
-    published = lake.published(parse_time(start, now) if start else None, parse_time(end, now) if end else None)
-    with open_changelog(settings) as changelog:
+    published = _published(lake, start, end)
+    with source_of(output) as changelog:
         done = pipeline.merge_late(sorted(published), settings=settings, changelog=changelog, lake=lake, jobs=jobs)
     if not done:
         output.say("No late events.")
@@ -67,10 +70,9 @@ def late(output: Output, start: str | None, end: str | None, jobs: int) -> None:
 @pass_output
 def audit(output: Output, start: str | None, end: str | None) -> None:
     """Compare every published window with the source, row by row by fingerprint. Exit code 3 when they differ."""
-    settings, lake = output.settings, Lake.of(output.settings)
-    now = datetime.now(UTC)
-    published = lake.published(parse_time(start, now) if start else None, parse_time(end, now) if end else None)
-    with open_changelog(settings) as changelog, output.progress("Auditing", len(published), "windows") as step:
+    lake = Lake.of(output.settings)
+    published = _published(lake, start, end)
+    with source_of(output) as changelog, output.progress("Auditing", len(published), "windows") as step:
         findings = []
         for window in sorted(published):
             findings.append(pipeline.audit(window, published[window], changelog=changelog, lake=lake))
@@ -97,10 +99,11 @@ def audit(output: Output, start: str | None, end: str | None) -> None:
 @pass_output
 def status(output: Output) -> None:
     """What is published: windows, events, the newest window and the holes before it."""
-    settings = output.settings
-    published = Lake.of(settings).published()
+    settings, lake = output.settings, Lake.of(output.settings)
+    published = lake.published()
     windows = sorted(published)
-    holes = [w for w in tile(windows[0].start, windows[-1].end, settings.window) if w not in published] if windows else []
+    gaps, reach = _gaps(windows)
+    holes = list(dict.fromkeys(hole for gap in gaps for hole in tile(*gap, settings.window)))
     commits = list(published.values())
     rows = {
         "lake": settings.lake_uri,
@@ -111,13 +114,11 @@ def status(output: Output) -> None:
         "provisional": sum(commit.state == "provisional" for commit in commits),
         "accepted_rows": sum(commit.accepted_rows for commit in commits),
         "quarantined_rows": sum(commit.quarantined_rows for commit in commits),
-        "complete_through": (holes[0].start if holes else windows[-1].end).isoformat() if windows else None,
+        "complete_through": (gaps[0][0] if gaps else reach).isoformat() if windows else None,
     }
     output.result(rows)
     if not windows:
-        output.say(
-            f"Nothing is published in {settings.lake_uri} yet; `fraiseql-pipeline materialize --start … --end now` publishes windows."
-        )
+        output.say(nothing_published(lake))
         return
     shown = {
         **rows,
@@ -128,12 +129,68 @@ def status(output: Output) -> None:
     )
 
 
+def _gaps(windows: Sequence[Window]) -> tuple[list[tuple[datetime, datetime]], datetime]:
+    """What no window covers between the first and the last, which may be of different sizes; and the end of the last."""
+    gaps: list[tuple[datetime, datetime]] = []
+    reach = windows[0].start if windows else datetime.min.replace(tzinfo=UTC)
+    for window in windows:
+        if reach < window.start:
+            gaps.append((reach, window.start))
+        reach = max(reach, window.end)
+    return gaps, reach
+
+
+def _published(lake: Lake, start: str | None, end: str | None) -> dict[Window, Commit]:
+    """The published windows of a range. Raises ``LakeEmpty`` when there is none: a check of nothing must not look like one that passed."""
+    now = datetime.now(UTC)
+    first, last = parse_time(start, now) if start else None, parse_time(end, now) if end else None
+    if first is not None and last is not None:
+        _check_order(first, last)
+    if found := lake.published(first, last):
+        return found
+    standing = sorted(lake.published())
+    if not standing:
+        raise LakeEmpty(nothing_published(lake))
+    raise LakeEmpty(
+        f"Nothing is published between {_shown(first, standing[0].start)} and {_shown(last, standing[-1].end)}; "
+        f"the lake holds {standing[0].key} to {standing[-1].key}."
+    )
+
+
+def _shown(at: datetime | None, otherwise: datetime) -> str:
+    return (at or otherwise).isoformat(timespec="minutes")
+
+
+def _check_order(first: datetime, last: datetime) -> None:
+    if first >= last:
+        raise WindowError(f"--start must lie before --end, got {first.isoformat()} and {last.isoformat()}.")
+
+
+def _check_size(chosen: Sequence[Window], lake: Lake) -> None:
+    """A forgotten FRAISEQL_WINDOW would replace published hours by days, and nothing takes that back."""
+    size, newest = chosen[0].size, lake.newest()
+    if newest is None:
+        return
+    other = newest.window if newest.window.size is not size else None
+    if other is None and size is WindowSize.DAY:
+        other = next((w for w in lake.published(chosen[0].start, chosen[-1].end) if w.size is not size), None)
+    if other is not None:
+        raise WindowError(
+            f"The lake holds windows of one {other.size}, such as {other.key}, and FRAISEQL_WINDOW says {size}; "
+            f"set FRAISEQL_WINDOW={other.size}, or add --other-size if the lake shall have both, days in the place of their hours."
+        )
+
+
 def _windows(start: str, end: str, settings: Settings) -> list[Window]:
     """The windows that touch the range and have ended; a range up to ``now`` means up to the last of those."""
     now = datetime.now(UTC)
     first, last = parse_time(start, now), parse_time(end, now)
-    if first >= last:
-        raise WindowError(f"--start must lie before --end, got {first.isoformat()} and {last.isoformat()}.")
+    _check_order(first, last)
+    if settings.first_window is not None and first < settings.first_window:
+        raise WindowError(
+            f"No window before FRAISEQL_START ({settings.first_window.isoformat()}) may be published, got --start {first.isoformat()}: all "
+            "windows between them would be missing to every read. Choose a later --start, or set an earlier FRAISEQL_START."
+        )
     chosen = [window for window in tile(first, last, settings.window) if window.end <= now]
     if not chosen:
         raise WindowError(
@@ -164,7 +221,7 @@ def _report(output: Output, done: Sequence[Materialization]) -> None:
     )
     if not done:
         return
-    shown = done if len(done) <= 20 else [*done[:10], *done[-10:]]
+    shown = done if len(done) <= 20 or not output.is_terminal else [*done[:10], *done[-10:]]
     output.table(
         f"{len(done)} windows" if len(shown) == len(done) else f"{len(done)} windows, the first and the last ten",
         ("window", "outcome", "state", "events", "accepted", "quarantined", "seconds"),

@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from fraiseql_pipeline.errors import InputError
-from fraiseql_pipeline.event import EVENT_SCHEMA
+from fraiseql_pipeline.event import EVENT_SCHEMA, LAKE_SCHEMA
 from fraiseql_pipeline.event_json.kinds import KINDS, contents
 
 #: Upstream's fields in serde's order, and the column each is written from.
@@ -50,16 +50,16 @@ def events_to_json(events: pa.Table | pa.RecordBatch, *, compact: bool = False) 
     Needs the eight columns of an event; the fields that are columns of the lake are taken from there if ``events`` has them, else they
     are ``null``, as ``changes`` always is (upstream's bridge to NATS writes the same). ``data`` is written as it stands, or without
     white space if ``compact`` (then it costs Python about a microsecond per event). Rows with ``data`` that is not JSON must not be
-    passed: they are quarantined long before.
+    passed: they are quarantined long before. Dictionaries and times of any zone are written as the values they stand for.
 
-    Raises ``InputError`` if a column is missing, or null where an event may not be.
+    Raises ``InputError`` if a column is missing, of a type that its values cannot be had from, or null where an event may not be.
     """
     missing = [name for name in EVENT_SCHEMA.names if name not in events.schema.names]
     if missing:
         raise InputError(f"Event JSON needs the columns {', '.join(EVENT_SCHEMA.names)}; {', '.join(missing)} is missing.")
     known = [name for name in _WRITTEN.values() if name in events.schema.names]
     table = pa.Table.from_batches([events]) if isinstance(events, pa.RecordBatch) else events
-    frame = pl.DataFrame(pl.from_arrow(table.select(known)))
+    frame = pl.DataFrame(pl.from_arrow(pa.table({name: _plain(table[name], name) for name in dict.fromkeys(known)})))
     for field in EVENT_SCHEMA:
         if not field.nullable and frame[field.name].null_count():
             raise InputError(f"Event JSON cannot be written: {field.name} is null in {frame[field.name].null_count():,} rows.")
@@ -69,6 +69,19 @@ def events_to_json(events: pa.Table | pa.RecordBatch, *, compact: bool = False) 
         pieces.append(_value(frame, key, name, compact=compact) if name in known else pl.lit("null"))
     texts = frame.select(text=pl.concat_str([*pieces, pl.lit("}\n")]))["text"].rechunk()
     return contents(texts.to_arrow(compat_level=pl.CompatLevel.oldest())).to_pybytes()
+
+
+def _plain(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A column in the type of the column table; a time keeps its unit, a text the width of its offsets."""
+    wanted = LAKE_SCHEMA.field(name).type
+    if pa.types.is_timestamp(wanted) and pa.types.is_timestamp(column.type):
+        wanted = pa.timestamp(column.type.unit, wanted.tz)
+    if column.type == wanted or (pa.types.is_string(wanted) and column.type in {pa.large_string(), pa.string_view()}):
+        return column
+    try:
+        return column.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(f"Event JSON needs {name} as {wanted}, got {column.type}.") from None
 
 
 def _value(frame: pl.DataFrame, key: str, name: str, *, compact: bool) -> pl.Expr:

@@ -105,6 +105,15 @@ class Authenticator:
             raise NotAuthenticated(_SENTENCE, "scheme")
         return self._of_token(credential)
 
+    def introduced(self, metadata: Sequence[tuple[str, str | bytes]]) -> Caller | None:
+        """Whom the header of a handshake proves to be there, before any message of it has come; None: it proves nobody."""
+        if not self.asks_for_tokens:
+            return None
+        try:
+            return self.handshake(metadata)[0]
+        except NotAuthenticated:
+            return None
+
     def handshake(
         self,
         metadata: Sequence[tuple[str, str | bytes]],
@@ -249,6 +258,11 @@ def _parse_tokens(content: bytes) -> list[tuple[bytes, Caller]]:
                 f"the scopes out of {', '.join(sorted(SCOPES))}; fraiseql-pipeline token prints such a line."
             )
         tokens.append((bytes.fromhex(digest), Caller(principal, None if org_id == "*" else org_id.lower(), granted)))
+    if not tokens:
+        # What an editor leaves for a moment. Whoever wants to let nobody in stops the server.
+        raise SettingsError(
+            "FRAISEQL_ARROW_FLIGHT_TOKENS_FILE must have a line for each token, and has none; fraiseql-pipeline token prints such a line."
+        )
     return tokens
 
 

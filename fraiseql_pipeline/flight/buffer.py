@@ -8,7 +8,7 @@ the head of each hour, the events that came last: up to ``HEAD_BYTES``.
 
 Invariants
  1. Of an hour, the buffer holds every sound event whose key is above ``after_pk`` and at most ``settled_pk``, once.
- 2. A file never changes. It lies on the disk as long as somebody holds its ``Held``.
+ 2. A file never changes. It lies on the disk as long as somebody holds its ``Held``; an hour whose file somebody else removed is given up.
  3. Files take at most ``max_bytes``, hours that somebody is about to read aside; the oldest hours are given up first, and can be filled
     again.
  4. Files of an hour follow each other in time, but for events that settled long after their time: those have files of their own until the
@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fraiseql_pipeline.errors import TicketError
+from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
 from fraiseql_pipeline.flight.segment import units
@@ -128,10 +128,9 @@ class Buffer:
         for hour in full:
             try:
                 self._flush(hour)
-            except OSError as error:  # the disk is full, or gone: readers get this hour from Postgres
-                _log.warning("an hour of live events is given up, its file cannot be written: %s", error.strerror or "I/O error")
-                with self._lock:
-                    self._hours[hour.number] = _Hour(hour.number, self.settled_pk)
+            except FlightUnavailable as error:  # the disk is full, or files are gone: readers get this hour from Postgres
+                _log.warning("an hour of live events is given up: %s", error)
+                self._forget(hour)
         return [accepted for _, accepted in taken]
 
     def missing(self, number: int, above_pk: int) -> int | None:
@@ -144,7 +143,7 @@ class Buffer:
     def fill(self, number: int, above_pk: int, upto_pk: int, batches: Iterable[pa.RecordBatch]) -> None:
         """Take in what ``missing`` said is not here: events of an hour in (timestamp, pk) order, ``BATCH_SCHEMA``.
 
-        Raises ``TicketError`` if what is wanted at once would not fit.
+        Raises ``TicketError`` if what is wanted at once would not fit, ``FlightUnavailable`` where the disk takes no file.
         """
         files: list[Held] = []
         validator = Validator(window_of(number))
@@ -183,7 +182,10 @@ class Buffer:
             return sorted(number for number in self._hours if first <= number <= last)
 
     def files(self, floors: Mapping[int, int]) -> tuple[list[Held], int, datetime]:
-        """The events of some hours, of each those above a key (hour → key); with the settled pk they reach, and when that was."""
+        """The events of some hours, of each those above a key (hour → key); with the settled pk they reach, and when that was.
+
+        An hour whose files are gone is given up: it is ``missing`` then. Raises ``FlightUnavailable`` where the disk takes no file.
+        """
         with self._lock:
             found = [
                 (hour, floor, list(hour.files), list(hour.head), hour.head_number)
@@ -193,6 +195,10 @@ class Buffer:
             settled_pk, at = self.settled_pk, self.settled_at
         held: list[Held] = []
         for hour, floor, files, head, head_number in found:
+            if not all(one.is_there for one in files):
+                _log.warning("an hour of live events is given up: somebody removed its files")
+                self._forget(hour)
+                continue
             for one in files:
                 held += self._above(hour, one, floor)
             if head:
@@ -294,8 +300,9 @@ class Buffer:
     def _head(self, hour: _Hour, head: list[pa.RecordBatch], head_number: int, floor: int) -> list[Held]:
         """A head as a file, made once for all who read the same."""
         with self._writing:
-            if hour.written is not None and hour.written[0] == (head_number, floor):
-                return [hour.written[1]]
+            written = hour.written
+            if written is not None and written[0] == (head_number, floor) and written[1].is_there:
+                return [written[1]]
             rows = pa.Table.from_batches(head, LAKE_SCHEMA)
             rows = rows.filter(pc.greater(rows["pk"], floor))
             if not rows.num_rows:
@@ -310,6 +317,12 @@ class Buffer:
         with self._lock:
             return sum(hour.bytes for number, hour in self._hours.items() if self._wanted[number])
 
+    def _forget(self, hour: _Hour) -> None:
+        """Give up an hour: its events can be read from Postgres again."""
+        with self._lock:
+            if self._hours.get(hour.number) is hour:
+                self._hours[hour.number] = _Hour(hour.number, self.settled_pk)
+
     def _give_up(self) -> None:
         """Forget the oldest hours until the rest fits, but for the newest and those somebody wants."""
         held = {number: hour.bytes for number, hour in self._hours.items()}
@@ -318,7 +331,7 @@ class Buffer:
                 return
             if self._wanted[number]:
                 continue
-            self._hours[number] = _Hour(number, self.settled_pk)
+            self._forget(self._hours[number])
             del held[number]
 
 

@@ -29,6 +29,7 @@ from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, Authenticator, Caller
 from fraiseql_pipeline.flight.limits import Running, Streams
 from fraiseql_pipeline.flight.metrics import Metrics
+from fraiseql_pipeline.flight.presence import ClientGone, Presence
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,12 @@ class Call:
         """The tenant whose events the caller may have; None: all."""
         return self.caller.org_id
 
+    @property
+    def presence(self) -> Presence:
+        """Of its client."""
+        assert self.running is not None
+        return self.running.presence
+
     def need(self, scope: str) -> None:
         """Raises ``NotAllowed`` unless the caller has the scope."""
         if scope not in {ANY, *self.caller.scopes}:
@@ -128,16 +135,21 @@ class Edge:
         self._audit = audit
 
     def one(self, name: str, method: Callable[[bytes, Call], bytes], scope: str = READ) -> Any:
-        """An RPC with one answer."""
+        """An RPC with one answer, which may take a while: the lake and the database are asked for it."""
 
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
             call = Call(name, context, self._streams.max_rows)
             code = "OK"
             try:
                 self._admit(call, scope)
-                message = method(_bounded(request), call)
+                shared = not self._authenticator.knows_callers
+                with self._streams.plan(call.caller, context, shared=shared) as call.running:
+                    message = method(_bounded(request), call)
                 call.sent_bytes = len(message)
                 return message
+            except ClientGone:
+                code, call.reason = "CANCELLED", "client"
+                return b""
             except Exception as error:  # noqa: BLE001 - the edge of the process
                 failed = self._failed(call, error)
                 code = failed.code.name
@@ -185,7 +197,7 @@ class Edge:
                     finally:
                         if counted:
                             self._metrics.streams.dec()
-            except (GeneratorExit, grpc.RpcError) as gone:
+            except (GeneratorExit, grpc.RpcError, ClientGone) as gone:
                 # Nobody is there: the answers are not wanted any more, or the rest of the request never comes.
                 code, call.reason = "CANCELLED", (call.running and call.running.cut) or "client"
                 if isinstance(gone, GeneratorExit):
@@ -214,7 +226,7 @@ class Edge:
 
     def _slot(self, call: Call, kind: Kind, scope: str | None) -> AbstractContextManager[Running]:
         if scope is None:
-            return self._streams.handshake(call.context)
+            return self._streams.handshake(self._authenticator.introduced(call.context.invocation_metadata()), call.context)
         if kind == "short":
             return self._streams.short(call.caller, call.context)
         return self._streams.stream(call.caller, call.context, shared=not self._authenticator.knows_callers)

@@ -4,9 +4,10 @@ What lives here: the turns of such a stream, and when it ends. What must not: wh
 (``stream.py``), gRPC.
 
 Invariants
- 1. Behind the events that a plan finds come those that settle later, each once: within what settles together in (timestamp, pk) order.
+ 1. Behind the events that a plan finds come those that settle later, each once and none up to the ticket's ``after_pk``: within what settles
+    together in (timestamp, pk) order.
  2. The last message of each turn says up to which key everything was sent (``settled_pk``), as does a message without events when
-    nothing happens for a while: a reader who was cut goes on from there, with ``after_pk``.
+    nothing was sent for a while: a reader who was cut goes on from there, with ``after_pk``. This key never falls.
  3. It ends like any stream, with a receipt: when its time is over, its limit is reached, its end has settled, or the server stops.
  4. A follower who falls behind the rounds in memory reads what it missed as any reader does; it holds up nobody.
 """
@@ -29,6 +30,8 @@ from fraiseql_pipeline.ticket import Ticket
 
 #: After so long without an event, a follower is told how far it is.
 HEARTBEAT_SECONDS = 10.0
+#: How long a server may be behind the key that a follower brought along from another one.
+_BEHIND_SECONDS = 10.0
 #: How often a follower without events looks whether its client is still there.
 _LOOK_SECONDS = 0.5
 
@@ -49,32 +52,45 @@ def follow(
     deadline = time.monotonic() + seconds
     epoch = live.rounds.epoch
     yield schema_frame(decided.stream_schema)
-    said = time.monotonic()
+    through = decided.complete_through
     while True:
         yield from streams.frames(decided, sender)
         pk = decided.settled_pk or 0
         yield from receipt_frames(decided.stream_schema, _note(pk), first=not sender.has_dictionaries)
+        said = began = time.monotonic()
         while True:
-            over = sender.full or time.monotonic() > deadline or live.closed or not alive()
-            if over or to_micros(live.buffer.settled_at) >= decided.span[1]:
-                return replace(decided, settled_pk=pk, complete_through=min(decided.ticket.end, live.buffer.settled_at))
-            if live.rounds.epoch != epoch or live.buffer.settled_pk < pk:
+            if sender.full or time.monotonic() > deadline or live.closed or not alive():
+                return replace(decided, settled_pk=pk, complete_through=through)
+            if live.rounds.epoch != epoch:
                 raise FlightUnavailable("The change log was rebuilt or replaced; read anew.")
+            if live.buffer.settled_pk < pk and time.monotonic() - began > _BEHIND_SECONDS:
+                raise FlightUnavailable(
+                    f"The change log has not come to the key {pk} here; try again in a moment, or read anew if it was rebuilt or replaced."
+                )
+            # Asked before the rounds: what had settled by then is in them.
+            settled_at = live.buffer.settled_at
             found = live.rounds.above(pk, max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic())))
             if found is None:
                 break
-            rounds, pk = found
+            rounds, upto_pk = found
             for one in rounds:
-                yield from _told(_turn(one, decided, sender), one.upto_pk)
-                said = time.monotonic()
+                for message in _told(_turn(one, pk, decided, sender), one.upto_pk):
+                    said = time.monotonic()
+                    yield message
+            pk = upto_pk
+            through = min(decided.ticket.end, max(through, settled_at))
+            if to_micros(settled_at) >= decided.span[1]:
+                return replace(decided, settled_pk=pk, complete_through=through)
             if time.monotonic() - said > HEARTBEAT_SECONDS:
                 said = time.monotonic()
                 yield from receipt_frames(decided.stream_schema, _note(pk), first=not sender.has_dictionaries)
         decided = again(replace(decided.ticket, after_pk=pk))
+        through = max(through, decided.complete_through)
 
 
-def _turn(one: Round, decided: Plan, sender: Sender) -> Iterator[bytes]:
-    wanted = replace(decided.filter, after_pk=None)  # whoever gets here is past it
+def _turn(one: Round, pk: int, decided: Plan, sender: Sender) -> Iterator[bytes]:
+    """The messages of a round for a follower who has everything up to a key."""
+    wanted = replace(decided.filter, after_pk=pk)
     entry = one.entry(decided.stream_schema, decided.encoding, wanted, decided.span, frame_rows(sender.max_rows))
     for item in entry.items():
         if sender.full:

@@ -5,18 +5,21 @@ What must not: what is in a message, the lake, gRPC.
 
 An entry is filled by a thread of the store, never by a reader: the messages go to a file, and everybody who wants them reads behind the
 writer, the first reader too. So a slow or vanished reader holds up nobody, two first readers do not encode twice, and what a stream has in
-memory is one message.
+memory is one message. What nobody waits for any more before its turn comes is dropped.
 
 Invariants
  1. An entry is only ever found under its key, and the key names the content (files are never rewritten under their name), so a window that
     was materialized again cannot be served from its old frames.
  2. The index is in memory only. What a crash leaves on disk can be found by nobody, and the next server removes it.
- 3. Complete entries take at most ``max_bytes`` on disk, the last used are kept; what is being filled or read comes on top.
- 4. An entry that failed is forgotten: its readers get the error, the next one tries again.
+ 3. Complete entries take at most ``max_bytes`` on disk, and less where the disk has no room for more; the last used are kept. What is being
+    filled or read comes on top.
+ 4. An entry that failed, or whose file somebody removed, is forgotten: its readers get the error, the next one fills it anew. So is the
+    directory made again.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -24,16 +27,26 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from fraiseql_pipeline.errors import FlightUnavailable
+from fraiseql_pipeline.flight.presence import Presence
+from fraiseql_pipeline.flight.threads import Threads
 
 _PREFIX = "fraiseql-frames-"
 _LOCK = "lock"
+
+#: How the system says that a disk has no room.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: … and that the process has too many files open, which says nothing of the file.
+_TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
+
+#: What the end waits for threads that fill entries: one message takes milliseconds, but a storage may take its time.
+_CLOSE_SECONDS = 2.0
 
 
 class Message(NamedTuple):
@@ -87,9 +100,16 @@ class Entry:
         self._grown = threading.Condition()
         self._readers = 0
         self._file = -1
+        self._lost = False
+        #: How it is filled, until that is begun.
+        self._make: Callable[[], Iterable[Message]] | None = None
 
-    def items(self) -> Iterator[Item]:
-        """The messages in order; waits for those that are still being made. Raises what their maker raised."""
+    def items(self, presence: Presence | None = None) -> Iterator[Item]:
+        """The messages in order; waits for those that are still being made. Raises what their maker raised.
+
+        ``presence``: of the client who wants them; raises ``ClientGone`` when it goes while it waits.
+        """
+        waiter = presence or Presence()
         at = 0
         while True:
             if at < len(self._items):
@@ -97,8 +117,7 @@ class Entry:
                 at += 1
                 continue
             with self._grown:
-                while at == len(self._items) and not self.complete and self._error is None:
-                    self._grown.wait()
+                waiter.wait_for(self._grown, partial(self._knows, at))
                 if at == len(self._items):
                     if self._error is not None:
                         raise self._error
@@ -106,15 +125,18 @@ class Entry:
 
     def read(self, item: Item) -> bytes:
         """The bytes of a message. One read of the system, straight into the bytes that are sent: mapped memory would be copied just so."""
-        data = os.pread(self._file, item.size, item.offset)
+        try:
+            data = os.pread(self._file, item.size, item.offset)
+        except OSError:
+            data = b""
         if len(data) != item.size:
+            self._lost = True
             raise FlightUnavailable("The server lost frames that it kept on its disk; read again.")
         return data
 
-    @property
-    def abandoned(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self._readers == 0
+    def _knows(self, at: int) -> bool:
+        """Whether there is a message at a place, or it is known that there will be none."""
+        return at < len(self._items) or self.complete or self._error is not None
 
     def _append(self, message: Message) -> None:
         data = message.data
@@ -151,7 +173,7 @@ class FrameStore:
         self._closed = False
         self._directory: Path | None = None
         self._held = -1
-        self._encoders = ThreadPoolExecutor(encoders or max(2, os.cpu_count() or 1), thread_name_prefix="frames")
+        self._encoders = Threads(encoders or max(2, os.cpu_count() or 1), "frames")
 
     def open(self, key: Hashable, make: Callable[[], Iterable[Message]], *, keep_going: bool = True) -> Entry:
         """The entry under a key. If there is none, a thread of the store begins to fill it with the messages of ``make``.
@@ -162,43 +184,41 @@ class FrameStore:
             if self._closed:
                 raise _stopping()
             entry = self._entries.get(key)
-            if entry is not None:
+            if entry is not None and self._is_there(entry):
                 self._hits += 1
                 self._entries.move_to_end(key)
-                if entry._file < 0:
-                    try:
-                        entry._file = os.open(entry._path, os.O_RDONLY)
-                    except OSError:
-                        raise _no_disk() from None
                 entry._readers += 1
                 return entry
             self._misses += 1
-            self._number += 1
-            try:
-                entry = Entry(key, self._home() / str(self._number))
-                entry._file = os.open(entry._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            except OSError:
-                raise _no_disk() from None
+            entry = self._new(key)
+            entry._make = make
             entry._readers = 2  # the reader, and the thread that fills it
             self._entries[key] = entry
-        self._encoders.submit(self._fill, entry, make, keep_going)
+            self._encoders.submit(self._fill, entry, keep_going)
         return entry
 
     def release(self, entry: Entry) -> None:
         """A reader is done with an entry."""
         with self._lock:
-            entry._readers -= 1
-            if entry._readers == 0:
-                os.close(entry._file)
-                entry._file = -1
-            self._let_go()
+            self._let_go_of(entry)
+            # However many come and go while the threads are busy: no file and no plan is kept for them.
+            if entry._readers == 1 and entry._make is not None:
+                self._drop(entry, _unwanted())
 
     def directory(self) -> Path:
-        """The private directory, for other files that live as long as the store; they are none of its bytes."""
+        """The private directory, for other files that live as long as the store; they are none of its bytes. Raises ``FlightUnavailable``."""
         with self._lock:
             if self._closed:
                 raise _stopping()
-            return self._home()
+            try:
+                return self._home()
+            except OSError:
+                raise no_disk() from None
+
+    def make_room(self) -> bool:
+        """Give up what was used longest ago and nobody reads, for who finds the disk full; False: there is no such entry."""
+        with self._lock:
+            return self._evict()
 
     def size_of(self, key: Hashable) -> int | None:
         """The bytes of a complete entry; None for any other."""
@@ -213,19 +233,19 @@ class FrameStore:
         """Stop filling and remove the directory. Entries that readers hold stay readable until they are released."""
         with self._lock:
             self._closed = True
-        self._encoders.shutdown(wait=True, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._encoders.join(_CLOSE_SECONDS)
         with self._lock:
-            # What is not complete now was cancelled before it began.
-            waiting = [entry for entry in self._entries.values() if not entry.complete]
+            left = [entry for entry in self._entries.values() if not entry.complete]
             self._entries.clear()
-        for entry in waiting:
-            entry._end(_stopping())
-            self.release(entry)
-        with self._lock:
+            for entry in left:
+                if entry._make is not None:
+                    self._drop(entry, _stopping())
+                else:  # it hangs: who waits for it is told, and its thread lets go of it whenever it ends
+                    entry._end(_stopping())
             if self._directory is not None:
                 shutil.rmtree(self._directory, ignore_errors=True)
-                os.close(self._held)
-                self._directory = None
+                self._leave_home()
 
     def __enter__(self) -> FrameStore:
         return self
@@ -233,51 +253,107 @@ class FrameStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self, entry: Entry, make: Callable[[], Iterable[Message]], keep_going: bool) -> None:
+    def _fill(self, entry: Entry, keep_going: bool) -> None:
+        with self._lock:
+            make, entry._make = entry._make, None
+        if make is None:  # dropped meanwhile
+            return
         error: Exception | None = None
         try:
             for message in make():
                 # One reader is this thread.
                 if self._closed or (not keep_going and entry._readers == 1):
-                    raise FlightUnavailable("The server stopped making these frames; read again.")
-                try:
-                    entry._append(message)
-                except OSError:
-                    raise _no_disk() from None
+                    raise _unwanted()
+                self._write(entry, message)
         except Exception as failure:  # noqa: BLE001 - it is raised again by every reader
             error = failure
         with self._lock:
-            entry._readers -= 1
-            if error is None:
-                self._bytes += entry.size
-            else:
-                self._forget(entry)
-            entry._end(error)
-            if entry._readers == 0:
-                os.close(entry._file)
-                entry._file = -1
-            self._let_go()
+            self._filled(entry, error)
 
-    def _let_go(self) -> None:
-        """Drop what was used longest ago until the rest fits. What somebody reads is passed over."""
-        if self._bytes <= self._max_bytes:
-            return
-        for entry in list(self._entries.values()):
-            if self._bytes <= self._max_bytes:
+    def _write(self, entry: Entry, message: Message) -> None:
+        while True:
+            try:
+                entry._append(message)
                 return
+            except OSError as error:
+                if not is_full(error) or not self.make_room():
+                    raise no_disk() from None
+
+    # What follows is called with the lock held.
+
+    def _filled(self, entry: Entry, error: Exception | None) -> None:
+        entry._end(error)
+        if error is None and self._entries.get(entry.key) is entry:
+            self._bytes += entry.size
+        else:
+            self._forget(entry)
+        self._let_go_of(entry)
+
+    def _drop(self, entry: Entry, error: Exception) -> None:
+        """Give up an entry that is not begun."""
+        entry._make = None
+        self._filled(entry, error)
+
+    def _let_go_of(self, entry: Entry) -> None:
+        entry._readers -= 1
+        if entry._readers == 0:
+            os.close(entry._file)
+            entry._file = -1
+        while self._bytes > self._max_bytes and self._evict():
+            pass
+
+    def _is_there(self, entry: Entry) -> bool:
+        """Whether an entry can be read, its file open; it is forgotten if not. Somebody may tidy up the directory."""
+        opened = -1
+        try:
+            if entry._file < 0:
+                opened = os.open(entry._path, os.O_RDONLY)
+                entry._lost = entry._lost or os.fstat(opened).st_size != entry.size
+        except OSError as error:
+            if error.errno in _TOO_MANY:
+                raise no_disk() from None
+            entry._lost = True
+        if not entry._lost:
+            entry._file = max(entry._file, opened)
+            return True
+        if opened >= 0:
+            os.close(opened)
+        self._forget(entry)
+        return False
+
+    def _new(self, key: Hashable) -> Entry:
+        """An entry with its file, open. Raises ``FlightUnavailable``."""
+        self._number += 1
+        while True:
+            try:
+                entry = Entry(key, self._home() / str(self._number))
+                entry._file = os.open(entry._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                return entry
+            except OSError as error:
+                if not is_full(error) or not self._evict():
+                    raise no_disk() from None
+
+    def _evict(self) -> bool:
+        """Drop what was used longest ago; what somebody reads is passed over."""
+        for entry in self._entries.values():
             if entry.complete and entry._readers == 0:
-                self._bytes -= entry.size
                 self._evictions += 1
                 self._forget(entry)
+                return True
+        return False
 
     def _forget(self, entry: Entry) -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
-        with suppress(FileNotFoundError):
+            if entry.complete:
+                self._bytes -= entry.size
+        with suppress(OSError):
             entry._path.unlink()
 
     def _home(self) -> Path:
-        """The private directory; made when it is first needed, and beside it the ones of servers that died are removed."""
+        """The private directory; made when it is first needed, and when somebody removed it; the ones of servers that died are removed."""
+        if self._directory is not None and not self._directory.is_dir():
+            self._leave_home()
         if self._directory is None:
             self._parent.mkdir(parents=True, exist_ok=True)
             for left in self._parent.glob(f"{_PREFIX}*"):
@@ -288,6 +364,10 @@ class FrameStore:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._directory = making.rename(self._parent / making.name.removeprefix("."))
         return self._directory
+
+    def _leave_home(self) -> None:
+        os.close(self._held)
+        self._directory = None
 
 
 def _remove_if_left(directory: Path) -> None:
@@ -308,7 +388,17 @@ def _stopping() -> FlightUnavailable:
     return FlightUnavailable("The server is stopping; try again in a moment.")
 
 
-def _no_disk() -> FlightUnavailable:
+def _unwanted() -> FlightUnavailable:
+    return FlightUnavailable("The server stopped making these frames; read again.")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk has no room."""
+    return error.errno in _FULL
+
+
+def no_disk() -> FlightUnavailable:
+    """What a client is told where a disk takes no file."""
     return FlightUnavailable(
         "The server cannot keep frames: its cache directory is full or cannot be written; see FRAISEQL_ARROW_FLIGHT_CACHE_DIR."
     )

@@ -1,22 +1,25 @@
 """Files of events that are not published: of the form of the lake's, on local disk, as long as somebody holds them.
 
 What lives here: ``Held``, one such file, and ``HeldFiles``, which writes and opens them. What must not: which events are in which file
-(``buffer.py``), durability: what is in them is in Postgres.
+(``buffer.py``), durability: what is in them is in Postgres, so a file that somebody removed costs a read of it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fraiseql_pipeline.errors import FlightUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA
+from fraiseql_pipeline.flight.frames import is_full, no_disk
 from fraiseql_pipeline.flight.view import to_instant
 from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
 from fraiseql_pipeline.window import Window, WindowSize
@@ -32,10 +35,21 @@ def window_of(hour: int) -> Window:
     return Window(to_instant(hour * HOUR_US), WindowSize.HOUR)
 
 
+class Place(Protocol):
+    """Where the files lie: the directory of a ``FrameStore``, beside its frames."""
+
+    def directory(self) -> Path:
+        """It exists. Raises ``FlightUnavailable``."""
+
+    def make_room(self) -> bool:
+        """Remove something that can be made again; False: there is nothing."""
+
+
 class _OnDisk:
     """A file that is removed when nobody holds this object any more."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         weakref.finalize(self, _remove, path)
 
 
@@ -54,34 +68,37 @@ class Held:
     high_pk: int
     disk: _OnDisk = field(repr=False)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is still on the disk; somebody may tidy up the directory."""
+        return self.disk.path.exists()
+
 
 class HeldFiles:
-    """Writes files to a directory, and opens them; every other name is opened by ``lake``. ``directory`` gives the place; it exists.
+    """Writes files to a place, and opens them; every other name is opened by ``lake``. May serve many threads."""
 
-    May serve many threads.
-    """
-
-    def __init__(self, lake: Opens, directory: Callable[[], Path]) -> None:
+    def __init__(self, lake: Opens, place: Place) -> None:
         self._lake = lake
-        self._directory = directory
+        self._place = place
         self._numbers = count()
 
     def open(self, name: str) -> pa.NativeFile:
-        """The bytes of a file, for random access."""
+        """The bytes of a file, for random access. Raises ``FlightUnavailable`` for one of ours that is not there."""
         if name.startswith(_PREFIX):
-            return pa.memory_map(str(self._directory() / name.removeprefix(_PREFIX)))
+            try:
+                return pa.memory_map(str(self._place.directory() / name.removeprefix(_PREFIX)))
+            except FileNotFoundError:
+                raise FlightUnavailable("The server lost events that it kept on its disk; read again.") from None
         return self._lake.open(name)
 
     def write(self, hour: int, rows: pa.Table) -> Held:
-        """``rows``: of one hour, ``LAKE_SCHEMA``, in (timestamp, pk) order, at least one. Raises ``OSError``."""
-        path = self._directory() / f"{next(self._numbers)}.parquet"
-        disk = _OnDisk(path)
-        write_file(str(path), rows)
+        """``rows``: of one hour, ``LAKE_SCHEMA``, in (timestamp, pk) order, at least one. Raises ``FlightUnavailable`` where the disk takes no file."""
+        disk, size = self._written(rows)
         at, keys = rows["timestamp"], pc.min_max(rows["pk"])
         file = File(
-            path=f"{_PREFIX}{path.name}",
+            path=f"{_PREFIX}{disk.path.name}",
             date=to_instant(hour * HOUR_US).date().isoformat(),
-            size=path.stat().st_size,
+            size=size,
             rows=rows.num_rows,
             low=at[0].value,
             high=at[-1].value,
@@ -100,6 +117,16 @@ class HeldFiles:
                 waiting, rows = [], 0
         if rows:
             yield self.write(hour, pa.Table.from_batches(waiting, LAKE_SCHEMA))
+
+    def _written(self, rows: pa.Table) -> tuple[_OnDisk, int]:
+        while True:
+            disk = _OnDisk(self._place.directory() / f"{next(self._numbers)}.parquet")
+            try:
+                write_file(str(disk.path), rows)
+                return disk, disk.path.stat().st_size
+            except OSError as error:
+                if not is_full(error) or not self._place.make_room():
+                    raise no_disk() from None
 
     def read(self, files: Sequence[Held]) -> Iterator[pa.RecordBatch]:
         """The events of files of one hour, in (timestamp, pk) order."""

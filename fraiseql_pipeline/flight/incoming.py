@@ -9,7 +9,8 @@ Invariants
  1. Nothing is decompressed, and no dictionary is multiplied out, whose declared size is above ``MAX_BATCH_BYTES``; dictionaries that are kept for
     later batches count together.
  2. Arrow sees of a message exactly the bytes whose size was judged.
- 3. Of all uploads of a server, ``AT_ONCE`` hold something decoded at a time.
+ 3. Of all uploads of a server, ``AT_ONCE`` hold something decoded at a time, dictionaries for later batches aside: of those all uploads
+    together hold at most ``KEPT_BYTES``, beside ``SMALL_BYTES`` of each.
  4. Whatever comes in, a batch that leaves has the eight columns, is valid to its last offset and character, and holds no dictionary.
 """
 
@@ -24,15 +25,20 @@ import pyarrow.compute as pc
 from google.protobuf.message import DecodeError
 
 from fraiseql_pipeline.encoding import UUID, uuid_texts
-from fraiseql_pipeline.errors import InputError
+from fraiseql_pipeline.errors import FlightBusy, InputError
 from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.ipc_size import BATCH, DICTIONARY, SCHEMA, size_of
+from fraiseql_pipeline.flight.presence import Presence
 
 #: Bytes of a batch, decompressed: about 100,000 events of the samples, and what a server may need for each upload.
 MAX_BATCH_BYTES = 64 * 1024 * 1024
 #: Two, so that one is decoded while the other is written to the change log, which takes one batch after the other.
 AT_ONCE = 2
+#: Bytes of dictionaries that uploads keep while they wait for their next batch, all uploads together, those of ``SMALL_BYTES`` and less not
+#: counted: what an event's columns of few values need is a few hundred bytes, and nobody is refused it because of others.
+KEPT_BYTES, SMALL_BYTES = MAX_BATCH_BYTES, 64 * 1024
+_RETRY_SECONDS = 1.0
 #: Bytes of a message's header; one of an upload has a few hundred.
 _MAX_HEADER_BYTES = 64 * 1024
 
@@ -40,13 +46,47 @@ _OPTIONAL = ("user_id", "org_id")
 _TEXTS = (pa.string(), pa.large_string())
 
 
-class Incoming:
-    """The messages of one upload. Use ``named``, then ``batches``; close it at the end. ``slots``: those of ``AT_ONCE``."""
+class Room:
+    """What all uploads of a server share: invariant 3."""
 
-    def __init__(self, requests: Iterator[bytes], slots: threading.Semaphore) -> None:
+    def __init__(self, at_once: int = AT_ONCE) -> None:
+        self._changed = threading.Condition()
+        self._free = at_once
+        self._left = KEPT_BYTES
+
+    def enter(self, presence: Presence) -> None:
+        """Wait for the right to decode. Raises ``ClientGone``."""
+        with self._changed:
+            presence.wait_for(self._changed, lambda: self._free > 0)
+            self._free -= 1
+
+    def leave(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()  # one of them may be about to find its client gone
+
+    def keep(self, more: int) -> None:
+        """Keep so many bytes more, or less. Raises ``FlightBusy``."""
+        with self._changed:
+            if more > self._left:
+                raise FlightBusy(
+                    f"The server keeps no more than {KEPT_BYTES} bytes of dictionaries for all uploads; send texts as they are, or try again "
+                    "in a moment.",
+                    _RETRY_SECONDS,
+                )
+            self._left -= more
+
+
+class Incoming:
+    """The messages of one upload. Use ``named``, then ``next_batch``; close it at the end. ``presence``: of its client."""
+
+    def __init__(self, requests: Iterator[bytes], room: Room, presence: Presence) -> None:
         self._requests = requests
-        self._slots = slots
+        self._room = room
+        self._presence = presence
         self._held = False
+        self._kept = 0
+        self._reader: Any = None
         self._first: Any = None
         self._waiting = memoryview(b"")
         self._dictionaries: dict[int, int] = {}
@@ -61,21 +101,27 @@ class Incoming:
             return ()
         return tuple(descriptor.path) if descriptor.path else bytes(descriptor.cmd)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The batches, each read when it is asked for: the columns of ``EVENT_SCHEMA``, ``timestamp`` as it came. Raises ``InputError``."""
-        reader = self._decoding(lambda: pa.ipc.open_stream(pa.PythonFile(self, mode="r")))
-        if reader is None:
-            return
-        self._decoding(lambda: _check_schema(reader.schema))
-        while (batch := self._decoding(reader.read_next_batch)) is not None:
-            self._decoding(lambda batch=batch: batch.validate(full=True))
-            yield _plain(batch)
+    def next_batch(self) -> pa.RecordBatch | None:
+        """The next batch: the columns of ``EVENT_SCHEMA``, ``timestamp`` as it came; None at the end. Raises ``InputError``.
+
+        No generator: it would keep the batch until it is asked for the next one.
+        """
+        if self._reader is None:
+            self._reader = self._decoding(lambda: pa.ipc.open_stream(pa.PythonFile(self, mode="r")))
+            if self._reader is None:
+                return None
+            self._decoding(lambda: _check_schema(self._reader.schema))
+        batch = self._decoding(self._reader.read_next_batch)
+        if batch is None:
+            return None
+        self._decoding(lambda: batch.validate(full=True))
+        return _plain(batch)
 
     def let_go(self) -> None:
-        """What was decoded is not needed any more; others may decode theirs."""
+        """What was decoded is gone, but for dictionaries; others may decode theirs."""
         if self._held:
             self._held = False
-            self._slots.release()
+            self._room.leave()
 
     def read(self, size: int) -> bytes:
         """What Arrow reads: the stream as IPC writes it. Part of the file interface."""
@@ -90,7 +136,9 @@ class Incoming:
 
     def close(self) -> None:
         self.closed = True
+        self._reader = None
         self.let_go()
+        self._keep(0)
 
     def _decoding(self, step: Any) -> Any:
         """What Arrow makes of the next message; None at the end."""
@@ -124,18 +172,26 @@ class Incoming:
         if size.kind == DICTIONARY:
             before = self._dictionaries.get(size.dictionary, 0) if size.delta else 0
             self._dictionaries[size.dictionary] = before + size.bytes
+        kept = sum(self._dictionaries.values())
         if size.kind != SCHEMA:
-            _check_bytes(sum(self._dictionaries.values()) + (size.bytes if size.kind == BATCH else 0))
+            _check_bytes(kept + (size.bytes if size.kind == BATCH else 0))
+        self._keep(kept)
         padding = -len(header) % 8
         length = (len(header) + padding).to_bytes(4, "little")
         return b"".join((b"\xff\xff\xff\xff", length, header, bytes(padding), memoryview(body)[: size.body_bytes]))
+
+    def _keep(self, total: int) -> None:
+        counted = max(0, total - SMALL_BYTES)
+        self._room.keep(counted - self._kept)
+        self._kept = counted
 
     def _next_message(self) -> Any:
         self.let_go()
         request = next(self._requests, None)
         if request is None:
             return None
-        self._held = self._slots.acquire()
+        self._room.enter(self._presence)
+        self._held = True
         try:
             return protocol.FlightData.FromString(request)
         except DecodeError:

@@ -1,6 +1,6 @@
-"""Limits: how much one ticket may ask, how many streams there are, how long each may last, and how slow its reader may be.
+"""Limits: how much one ticket may ask, how many calls of a kind there are, how long each may last, and how slow its reader may be.
 
-What lives here: the check of a plan, the slots of streams, and the thread that cuts streams. What must not: sizes of tickets
+What lives here: the check of a plan, the slots of calls, and the thread that cuts streams. What must not: sizes of tickets
 (``ticket.py``) and messages (``server.py``).
 
 A server cannot time out a send: gRPC blocks it while the client's window is full, and a status cannot overtake the messages before it.
@@ -9,9 +9,12 @@ CANCELLED, which pyarrow turns into a ``KeyboardInterrupt``; its call object tak
 it is there.
 
 Invariants
- 1. A stream holds its slot until its last message is taken or its client is gone, no longer.
- 2. Only time in which the server waits for its client counts as stalled; a stream that waits for events is not slow.
- 3. A call that waits for its client's next message waits no longer than a stalled one: gRPC hands over whole messages, so how fast a half
+ 1. Every call that may take longer than its own computation holds a slot of its kind, and the threads of a server are more than all slots:
+    whatever clients, storage and database do, a call without a slot is answered or refused at once.
+ 2. A call holds its slot until its last message is taken or its client is gone, and no longer than what it has under way with the database
+    or the storage then.
+ 3. Only time in which the server waits for its client counts as stalled; a stream that waits for events is not slow.
+ 4. A call that waits for its client's next message waits no longer than a stalled one: gRPC hands over whole messages, so how fast a half
     of one comes cannot be seen.
 """
 
@@ -22,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -32,6 +35,7 @@ import grpc
 from fraiseql_pipeline.errors import FlightBusy, TicketError
 from fraiseql_pipeline.flight.auth import Caller
 from fraiseql_pipeline.flight.plan import Plan
+from fraiseql_pipeline.flight.presence import Presence
 from fraiseql_pipeline.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -42,8 +46,9 @@ _RETRY_SECONDS = 1.0
 #: Calls other than streams of events that answer with several messages (ListFlights, DoAction …) and so can be held up by a client.
 SHORT_CALLS = 24
 
-#: Handshakes wait for a message of a client nobody knows yet.
-HANDSHAKES = 4
+#: Handshakes wait for a message of their client: so many of those whose header says who they are, and of those nobody knows yet; and of
+#: each of them. So who is silent keeps nobody else from logging in, unless it has many addresses, and never who sends a header.
+HANDSHAKES, HANDSHAKES_EACH = 16, 4
 _HANDSHAKE_SECONDS = 10.0
 
 
@@ -64,15 +69,30 @@ def too_many_rows(most: int) -> TicketError:
     return TicketError(f"A stream must not have more than {most} events on this server; ask for a smaller range, or set a limit.")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """Calls that share slots: ``most`` at a time, ``each`` of one client, none of them longer than ``seconds``.
+
+    ``does`` and ``whom``: what a client that is refused is told of them.
+    """
+
+    most: int
+    each: int | None
+    seconds: float
+    does: str
+    whom: str = "to this principal"
+
+
 @dataclass(slots=True, eq=False)
 class Running:
-    """A call that sends messages. ``cut``: why it was ended from outside; None: it was not."""
+    """A call that has a slot. ``cut``: why it was ended from outside; None: it was not."""
 
     context: grpc.ServicerContext
     principal: str
     lifetime_seconds: float
     began: float = field(default_factory=time.monotonic)
     names: frozenset[bytes] = frozenset()
+    presence: Presence = field(default_factory=Presence)
     #: What its client can do about a cut.
     advice: str = "read faster, or read a smaller range"
     cut: str | None = None
@@ -115,36 +135,50 @@ class Running:
 
 
 class Streams:
-    """Every call that sends messages, and the thread that watches them. ``on_cut`` is told the reason of each cut."""
+    """Every call that has a slot, and the thread that watches them. ``on_cut`` is told the reason of each cut."""
 
     def __init__(self, settings: Settings, on_cut: Callable[[str], None]) -> None:
         self._settings = settings
         self._on_cut = on_cut
         self.max_rows = settings.arrow_flight_max_rows
+        streams, each = settings.arrow_flight_max_streams, settings.arrow_flight_max_streams_per_principal
+        longest = settings.arrow_flight_max_stream_seconds
+        self._streams = Kind(streams, each, longest, "sends {} streams")
+        # As many as streams: whoever may read may plan.
+        self._plans = Kind(streams, each, longest, "plans {} tickets", "for this principal")
+        self._short = Kind(SHORT_CALLS, None, longest, "answers {} such calls")
+        self._logins = Kind(HANDSHAKES, HANDSHAKES_EACH, _HANDSHAKE_SECONDS, "answers {} handshakes")
+        self._strangers = Kind(HANDSHAKES, HANDSHAKES_EACH, _HANDSHAKE_SECONDS, "answers {} handshakes", "from this address")
         self._lock = threading.Lock()
         self._running: set[Running] = set()
-        self._held: Counter[str] = Counter()
-        self._held_by: Counter[str] = Counter()
+        self._held: Counter[Kind] = Counter()
+        self._held_by: Counter[tuple[Kind, str]] = Counter()
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
 
-    @contextmanager
-    def stream(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> Iterator[Running]:
+    @property
+    def most(self) -> int:
+        """Calls that may have a slot at a time, of all kinds."""
+        return sum(kind.most for kind in (self._streams, self._plans, self._short, self._logins, self._strangers))
+
+    def stream(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
         """A stream of events. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
-        with self._run(caller.principal, context, "stream", None if shared else caller.principal) as running:
-            yield running
+        return self._run(self._streams, caller.principal, context, None if shared else caller.principal)
 
-    @contextmanager
-    def short(self, caller: Caller, context: grpc.ServicerContext) -> Iterator[Running]:
+    def plan(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
+        """A call with one answer, which may wait for the lake and the database. Raises ``FlightBusy``."""
+        return self._run(self._plans, caller.principal, context, None if shared else caller.principal)
+
+    def short(self, caller: Caller, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
         """Any other call that sends messages. Raises ``FlightBusy``."""
-        with self._run(caller.principal, context, "short", None) as running:
-            yield running
+        return self._run(self._short, caller.principal, context, None)
 
-    @contextmanager
-    def handshake(self, context: grpc.ServicerContext) -> Iterator[Running]:
-        """A call of somebody who is not known yet. Raises ``FlightBusy``."""
-        with self._run("", context, "handshake", None) as running:
-            yield running
+    def handshake(self, caller: Caller | None, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
+        """A call of somebody who logs in. ``caller``: whom its header proves it to be; None: nobody yet. Raises ``FlightBusy``."""
+        if caller is not None:
+            return self._run(self._logins, caller.principal, context, caller.principal)
+        address = context.peer().rpartition(":")[0]
+        return self._run(self._strangers, "", context, address)
 
     def cancel(self, name: bytes, principal: str) -> int:
         """End the streams of one principal that carry this name; how many there were."""
@@ -159,40 +193,36 @@ class Streams:
         self._ended.set()
 
     @contextmanager
-    def _run(self, principal: str, context: grpc.ServicerContext, kind: str, limited: str | None) -> Iterator[Running]:
-        seconds = _HANDSHAKE_SECONDS if kind == "handshake" else self._settings.arrow_flight_max_stream_seconds
-        running = Running(context, principal, seconds)
+    def _run(self, kind: Kind, principal: str, context: grpc.ServicerContext, limited: str | None) -> Iterator[Running]:
+        running = Running(context, principal, kind.seconds)
         with self._lock:
             self._admit(kind, limited)
             self._running.add(running)
             self._held[kind] += 1
             if limited is not None:
-                self._held_by[limited] += 1
+                self._held_by[kind, limited] += 1
             if self._watch is None:
                 self._watch = threading.Thread(target=self._watch_all, name="flight-watch", daemon=True)
                 self._watch.start()
         try:
+            if not context.add_callback(running.presence.leave):
+                running.presence.leave()
             yield running
         finally:
             with self._lock:
                 self._running.discard(running)
                 self._held[kind] -= 1
                 if limited is not None:
-                    self._held_by[limited] -= 1
-                    if not self._held_by[limited]:
-                        del self._held_by[limited]
+                    self._held_by[kind, limited] -= 1
+                    if not self._held_by[kind, limited]:
+                        del self._held_by[kind, limited]
 
-    def _admit(self, kind: str, limited: str | None) -> None:
-        settings = self._settings
-        limit = {"stream": settings.arrow_flight_max_streams, "short": SHORT_CALLS, "handshake": HANDSHAKES}[kind]
-        if self._held[kind] >= limit:
-            what = "already sends" if kind == "stream" else "already answers"
-            noun = {"stream": "streams", "short": "such calls", "handshake": "handshakes"}[kind]
-            raise FlightBusy(f"The server {what} {limit} {noun}, its limit; try again in a moment.", _RETRY_SECONDS)
-        most = settings.arrow_flight_max_streams_per_principal
-        if limited is not None and self._held_by[limited] >= most:
+    def _admit(self, kind: Kind, limited: str | None) -> None:
+        if self._held[kind] >= kind.most:
+            raise FlightBusy(f"The server already {kind.does.format(kind.most)}, its limit; try again in a moment.", _RETRY_SECONDS)
+        if limited is not None and kind.each is not None and self._held_by[kind, limited] >= kind.each:
             raise FlightBusy(
-                f"The server already sends {most} streams to this principal, its limit; finish one, or try again in a moment.",
+                f"The server already {kind.does.format(kind.each)} {kind.whom}, its limit; finish one, or try again in a moment.",
                 _RETRY_SECONDS,
             )
 

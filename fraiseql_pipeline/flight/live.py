@@ -4,10 +4,12 @@ What lives here: following (connect, settle, read, hand out), filling what reade
 must not: SQL (``changelog/``), files of the buffer (``buffer.py``), tickets' options (``plan.py``), gRPC.
 
 Invariants
- 1. A view that is joined here holds, of its range, every event up to one settled pk, once: of each hour the lake's up to the pk that its
-    window was published with, and the buffer's above it.
- 2. Nothing here is needed to serve the lake: while the log cannot be followed, ``view`` gives None, and followers are told.
+ 1. A view from here holds, of its range, every event up to one settled pk, once: of each hour the lake's up to the pk that its window was
+    published with, and the buffer's above it. Hours ahead of the clock are no exception.
+ 2. Nothing here is needed to serve the lake: while the log cannot be followed, and only then, ``view`` gives None; who follows or asks for
+    what is above a key is told.
  3. Only the following thread moves on in the log; a reader may make it fetch nothing and wait for nothing.
+ 4. A reader waits here for Postgres or for other readers so long and no longer, and only so many at a time: they hold the server's threads.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
 from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, PipelineError, SettleTimeout, SourceRefused, TicketError
 from fraiseql_pipeline.flight.buffer import Buffer
-from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
+from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, Place, window_of
 from fraiseql_pipeline.flight.rounds import Rounds
 from fraiseql_pipeline.flight.view import FOREVER, LiveEvents, Span, View, Views, joined, to_micros
 from fraiseql_pipeline.lake import Lake, Snapshot
@@ -43,22 +45,26 @@ _MAX_FILLED = 2_000
 _TELL_SECONDS = 1.0
 #: What is read through when following begins, so that the first reader of the newest events need not wait for it.
 _FILLED_AHEAD = timedelta(days=1)
-#: How long a reader waits for the buffer to be where the lake is already; nearly always one look.
+#: How long a reader waits for the buffer to be where the lake is already, nearly always one look; and for its turn to ask Postgres.
 _CATCH_UP_SECONDS = 10.0
+#: Readers that wait so at a time: fewer than the threads a server has beside those of its streams (36).
+_MAX_WAITING = 32
+#: What the end waits for the following thread, which looks up every ``POLL_SECONDS`` where its database answers.
+_CLOSE_SECONDS = 2.0
 #: A view is decided again when the lake has moved on meanwhile; it does so about once a minute.
 _ATTEMPTS = 10
 
 
 class Live:
-    """Follows the change log of the settings in a thread of its own until it is closed. ``directory`` gives the place of its files."""
+    """Follows the change log of the settings in a thread of its own until it is closed. ``place``: of its files."""
 
-    def __init__(self, settings: Settings, lake: Lake, known: Views, directory: Callable[[], Path]) -> None:
+    def __init__(self, settings: Settings, lake: Lake, known: Views, place: Place) -> None:
         #: Told now and then how far following has come: events and bytes that are kept, and when they were all that had settled, or None.
         self.tell: Callable[[int, int, datetime | None], None] = lambda *_: None
         self._settings = settings
         self._lake = lake
         self._views = known
-        files = HeldFiles(lake.events.storage, directory)
+        files = HeldFiles(lake.events.storage, place)
         self.buffer = Buffer(files, settings.arrow_flight_live_bytes)
         self.rounds = Rounds()
         self._nothing = Snapshot(-1, (), {}, files)
@@ -70,21 +76,28 @@ class Live:
         #: A key that a commit of the lake proves to be settled.
         self._proved_pk = 0
         self._filling = threading.Lock()
+        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+        #: Hours ahead of the clock that had events when following began.
+        self._ahead: frozenset[int] = frozenset()
         #: Settled pk by window, up to which it is known that no late event is missing here.
         self._checked: dict[Window, int] = {}
-        self._dropped_version = -1
+        self._dropped: tuple[int, int] | None = None
         self._first_event: int | None = None
         self._thread = threading.Thread(target=self._run, name="live", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread, and every follower."""
+    def end(self) -> None:
+        """Tell the thread and every follower to end, and wait for nobody."""
         self._ended.set()
         self.rounds.close()
+
+    def close(self) -> None:
+        """End the thread. One that waits for a database that does not answer is left behind: it ends with the process."""
+        self.end()
         if self._thread.ident is not None:
-            self._thread.join(10)
+            self._thread.join(_CLOSE_SECONDS)
 
     @property
     def closed(self) -> bool:
@@ -120,6 +133,8 @@ class Live:
             settled_pk, at = tail.settle()
             if tail.identity != self._identity or settled_pk < self.buffer.settled_pk:
                 self._check_identity(tail.identity)
+                ahead = changelog.hours_from(at, _MAX_FILLED + 1)
+                self._ahead = frozenset(to_micros(hour) // HOUR_US for hour in ahead)
                 self.buffer.begin(settled_pk, at)
                 self.rounds.begin(settled_pk)
                 self._identity, self._checked, self._first_event = tail.identity, {}, None
@@ -174,21 +189,20 @@ class Live:
     # ------------------------------------------------------------------------------------------------------------ viewing
 
     def view(self, ticket: Ticket) -> View | None:
-        """A view for a ticket that reaches up to what has settled; None where the lake alone has all there is, or the log is not followed.
+        """A view for a ticket, of what has settled; None while the log cannot be followed.
 
-        Reads through from Postgres what is neither published nor in the buffer. Raises ``LakeEmpty`` where there is no event at all,
-        ``TicketError`` where that would be too much, and what the source refuses.
+        Reads through from Postgres what is neither published nor in the buffer. Raises ``TicketError`` where that would be too much,
+        ``FlightUnavailable`` where it takes too long or the lake alone cannot answer, and what the source refuses.
         """
         changelog = self._changelog
         if changelog is None:
-            if ticket.follow:
+            if ticket.follow or ticket.after_pk is not None:
+                # The lake alone does not tell which of its events came after a key was reached.
                 raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
             return None
         for _ in range(_ATTEMPTS):
             base = self._base()
             floors = self._floors(changelog, base, ticket)
-            if not floors:
-                return None
             self._catch_up(base, ticket)
             with self.buffer.wanted(floors):
                 for hour, floor in floors.items():
@@ -205,23 +219,22 @@ class Live:
         """Wait until the buffer is as far as the lake is in the range: what a view holds must end at one key."""
         if base is None:
             return
-        low, high = base.covered(to_micros(ticket.start), to_micros(ticket.end))
-        needed = max(base.settled_pks[low:high], default=0)
+        needed = base.settled_pk_within(to_micros(ticket.start), to_micros(ticket.end))
         if needed > self.buffer.settled_pk:
             self._proved_pk = max(self._proved_pk, needed)
-            with self._moved:
+            with self._waits(), self._moved:
                 if not self._moved.wait_for(lambda: self.buffer.settled_pk >= needed, _CATCH_UP_SECONDS):
                     raise FlightUnavailable("The change log cannot be followed fast enough right now; try again in a moment.")
 
     def _joined(
         self, base: View | None, ticket: Ticket, floors: dict[int, int], held: list[Held], settled_pk: int, at: datetime
     ) -> View:
-        spans = []
-        for hour in floors:
-            start = hour * HOUR_US
-            if base is None or base.settled_pk_at(start) is None:
-                through = min(start + HOUR_US, max(to_micros(at), start + 1))
-                spans.append(Span(window_of(hour), start, through, settled_pk, 0, provisional=True, counted=False))
+        # Whole hours, the current one too: what has settled of it may be ahead of the clock.
+        spans = [
+            Span(window_of(hour), hour * HOUR_US, (hour + 1) * HOUR_US, settled_pk, 0, provisional=True, counted=False)
+            for hour in floors
+            if base is None or base.settled_pk_at(hour * HOUR_US) is None
+        ]
         if base is not None:
             late = {one.hour * HOUR_US for one in held}
             spans += {
@@ -230,7 +243,9 @@ class Live:
                 for span in base.spans[slice(*base.covered(start, start + 1))]
             }
         since = min((span.start for span in spans), default=FOREVER)
-        live = LiveEvents(settled_pk, since, tuple(one.file for one in held), tuple(held))
+        live = LiveEvents(settled_pk, since, to_micros(at), tuple(one.file for one in held), tuple(held))
+        if base is not None and not spans:
+            return base.with_live(live)
         start, end = to_micros(ticket.start), to_micros(ticket.end)
         return joined(base, self._nothing, start, end, spans, live, ticket.after_pk or 0)
 
@@ -239,38 +254,45 @@ class Live:
             base = self._views.newest()
         except LakeEmpty:
             return None
-        if base.snapshot.version > self._dropped_version:
+        version = base.snapshot.generation, base.snapshot.version
+        if version != self._dropped:
             tracked = self.buffer.hours(-FOREVER, FOREVER)
             self.buffer.drop({hour: floor for hour in tracked if (floor := base.settled_pk_at(hour * HOUR_US))})
-            self._dropped_version = base.snapshot.version
+            self._dropped = version
         return base
 
     def _floors(self, changelog: ChangeLog, base: View | None, ticket: Ticket) -> dict[int, int]:
-        """The hours of a ticket that are not all in the lake, each with the key up to which they are."""
+        """The hours of a ticket that are not all in the lake, each with the key up to which they are; one at least where nothing is."""
         start, end = self._range(changelog, base, ticket)
-        if start >= end:
-            return {}
-        open_ranges = [(start, end)] if base is None else base.uncovered(start, end)
-        floors = {hour: 0 for low, high in open_ranges for hour in range(low // HOUR_US, -(-high // HOUR_US))}
-        if len(floors) > _MAX_FILLED:
+        settled = to_micros(self.buffer.settled_at) + 1
+        tracked = self._tracked(start, end)
+        open_ranges = [(start, min(end, settled))] if base is None else base.uncovered(start, min(end, settled))
+        hours = [range(low // HOUR_US, -(-high // HOUR_US)) for low, high in open_ranges if low < high]
+        # Counted before they are listed: from the first event there may be, the year 1, they are millions.
+        count = sum(map(len, hours)) + len(tracked & self._ahead)
+        if count > _MAX_FILLED:
             raise TicketError(
-                f"The asked range has {len(floors)} hours that are not published; materialize its windows, or ask for a part at a time."
+                f"The asked range has {count} hours that are not published; materialize its windows, or ask for a part at a time."
             )
-        if base is not None:
-            hours = [*self._late(changelog, base, start, end), *self._tracked(start, end)]
-            floors |= {hour: base.settled_pk_at(hour * HOUR_US) or 0 for hour in hours if hour not in floors}
+        floors = {hour: 0 for some in hours for hour in some}
+        if base is None:
+            floors |= dict.fromkeys(tracked or (() if floors else (settled // HOUR_US,)), 0)
+        else:
+            late = self._late(changelog, base, start, end)
+            floors |= {hour: base.settled_pk_at(hour * HOUR_US) or 0 for hour in (*late, *tracked) if hour not in floors}
         return dict(sorted(floors.items()))
 
-    def _tracked(self, start: int, end: int) -> set[int]:
-        return set(self.buffer.hours(start // HOUR_US, (end - 1) // HOUR_US))
+    def _tracked(self, start: int, end: int) -> Set[int]:
+        """The hours of [start, end) that have or had events in the buffer, or are to be looked up because they had some before."""
+        first, last = start // HOUR_US, (end - 1) // HOUR_US
+        return {*self.buffer.hours(first, last), *(hour for hour in self._ahead if first <= hour <= last)}
 
     def _range(self, changelog: ChangeLog, base: View | None, ticket: Ticket) -> tuple[int, int]:
         """The part of a ticket's range that can have events (µs)."""
-        now = to_micros(self.buffer.settled_at)
         start = max(to_micros(ticket.start), self._first(changelog, base))
-        if ticket.follow:  # its view says up to which key, so it has an hour at least
-            return min(start, now), now + 1
-        return start, min(to_micros(ticket.end), now + 1)
+        if ticket.follow:  # what settles is followed wherever the lake begins
+            start = min(start, to_micros(self.buffer.settled_at))
+        return start, to_micros(ticket.end)
 
     def _first(self, changelog: ChangeLog, base: View | None) -> int:
         """Before it nothing is published or read through."""
@@ -278,7 +300,8 @@ class Live:
             return base.starts[0]
         if self._first_event is None:
             try:
-                self._first_event = to_micros(changelog.span()[0])
+                with self._asks():
+                    self._first_event = to_micros(changelog.span()[0])
             except SourceRefused:  # there is no event
                 return to_micros(self.buffer.settled_at) // HOUR_US * HOUR_US
         first = min([self._first_event // HOUR_US, *self.buffer.hours(-FOREVER, FOREVER)]) * HOUR_US
@@ -288,32 +311,69 @@ class Live:
         first = first if base is None else min(first, base.starts[0])
         return max(first, to_micros(self._settings.first_window))
 
-    def _late(self, changelog: ChangeLog, base: View, start: int, end: int) -> Iterator[int]:
+    def _late(self, changelog: ChangeLog, base: View, start: int, end: int) -> Iterable[int]:
         """The hours of published windows that had late events when following began. Looked up once per window and its settled pk."""
         low, high = base.covered(start, end)
         begun = self.buffer.started_pk
-        suspects = {
-            span.window: span.settled_pk
-            for span in base.spans[low:high]
-            if span.settled_pk < begun and self._checked.get(span.window) != span.settled_pk
-        }
-        if not suspects:
-            return
-        late = {found.window for found in changelog.late(suspects)}
-        for window, settled_pk in suspects.items():
+
+        def suspects() -> dict[Window, int]:
+            return {
+                span.window: span.settled_pk
+                for span in base.spans[low:high]
+                if span.settled_pk is not None and span.settled_pk < begun and self._checked.get(span.window) != span.settled_pk
+            }
+
+        if not suspects():
+            return []
+        with self._asks():
+            # Somebody else may have asked meanwhile.
+            found = suspects()
+            late = {one.window for one in changelog.late(found)}
+        hours = []
+        for window, settled_pk in found.items():
             if window in late:
                 for hour in range(to_micros(window.start) // HOUR_US, to_micros(window.end) // HOUR_US):
                     self._fill(changelog, hour, settled_pk)
-                    yield hour
+                    hours.append(hour)
             self._checked[window] = settled_pk
+        return hours
 
     def _fill(self, changelog: ChangeLog, hour: int, floor: int) -> None:
         if self.buffer.missing(hour, floor) is None:
             return
-        with self._filling:
+        with self._asks():
             upto = self.buffer.missing(hour, floor)
             if upto is None:
                 return
             settlement = Settlement(upto, datetime.min.replace(tzinfo=UTC), self.buffer.settled_at, self._identity or "")
             with changelog.read(window_of(hour), settlement, after_pk=floor or None) as batches:
                 self.buffer.fill(hour, floor, upto, batches)
+
+    @contextmanager
+    def _asks(self) -> Iterator[None]:
+        """The turn of one reader to ask Postgres. Raises ``FlightUnavailable`` when it does not come."""
+        if not self._filling.acquire(blocking=False):
+            with self._waits():
+                if not self._filling.acquire(timeout=_CATCH_UP_SECONDS):
+                    raise _too_slow()
+        try:
+            yield
+        finally:
+            self._filling.release()
+
+    @contextmanager
+    def _waits(self) -> Iterator[None]:
+        """One of the readers that wait. Raises ``FlightUnavailable`` when there are enough of them."""
+        if not self._waiting.acquire(blocking=False):
+            raise _too_slow()
+        try:
+            yield
+        finally:
+            self._waiting.release()
+
+
+def _too_slow() -> FlightUnavailable:
+    return FlightUnavailable(
+        "The asked range has events that are not published, and the change log gives them too slowly for all who wait for some; "
+        "try again in a moment."
+    )

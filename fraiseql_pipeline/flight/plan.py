@@ -4,13 +4,17 @@ What lives here: which windows and files a ticket covers, what is missing among 
 the client is told about it. What must not: gRPC, frames, the clock, how a view comes about (``view.py``).
 
 Invariants
- 1. A plan holds one view; everything its stream reads, and everything it says, is of that table version and, where the view is joined with
-    live events, of their one settled pk.
+ 1. A plan holds one view; everything its stream reads, and everything it says, is of that table version and, where the view has a live
+    part, of its one settled pk.
  2. A window that is not published although a later one is, is a hole: ``WindowMissing``, unless the ticket allows it. What lies after
     the newest window is not a hole: the plan ends there and says so (``complete_through``).
  3. Before ``first``, the start of the first window this server is set up for, nothing is ever published, so nothing is missing there.
     Where nobody said what that is, it is the oldest published window.
  4. A plan costs the same whatever the number of windows, but for those it counts over: the view of a version is built once.
+ 5. Where a log is followed, the streams of a ticket and of the next tickets of their receipts hold every event of its range that settles,
+    once: each begins at the key where the one before ended, and that key never falls. So such a range is bounded by that key and, where its
+    ticket names an end, by that end; never by the time at which somebody asked.
+ 6. What a tenant is told of a plan, its endpoints included, does not depend on when others' events settled.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from itertools import islice, pairwise
 
@@ -43,15 +47,21 @@ ENDPOINT_ROWS = 262_144
 
 _MICROSECOND = timedelta(microseconds=1)
 
+#: The end of a ticket without one: until now, where a log is followed, is up to a key, and events may be ahead of the clock.
+FOR_EVER = datetime.max.replace(tzinfo=UTC)
+#: The last day of which nanoseconds can hold every time: what is without an end ends here in a stream that has times.
+_LAST_NANOSECONDS = datetime(2262, 4, 11, tzinfo=UTC)
+
 
 @dataclass(frozen=True)
 class Plan:
     """What the stream of a ticket holds, for the tenant ``org_id`` or for all.
 
     ``schema`` has the columns and the types of the profile plain, ``stream_schema`` those of the stream. ``rows`` is exact, or None where
-    the range cuts a window or a filter applies. ``complete_through`` is the end of the newest published window, at most the end of the
-    ticket; ``settled_pk``: every event of the range up to this key is in; ``provisional_windows`` of the windows read may still get events
-    of transactions that were open; ``missing_windows`` is 0 unless the ticket allows holes.
+    the range cuts a window or a filter applies. ``complete_through`` is the end of the newest published window, or when the live part was
+    all that had settled, at most the end of the ticket; ``settled_pk``: every event of the range up to this key is in, at least the ticket's
+    ``after_pk``, None where nothing is read or the key is not known; ``provisional_windows`` of the windows read may still get events of
+    transactions that were open; ``missing_windows`` is 0 unless the ticket allows holes.
     """
 
     ticket: Ticket
@@ -84,11 +94,7 @@ class Plan:
     @cached_property
     def span(self) -> tuple[int, int]:
         """[start, end) of the ticket in microseconds since 1970."""
-        return to_micros(self.ticket.start), to_micros(self.ticket.end)
-
-    @property
-    def limit_rows(self) -> int | None:
-        return self.ticket.limit
+        return _span(self.ticket)
 
     @cached_property
     def unit_range(self) -> range:
@@ -107,8 +113,11 @@ class Plan:
     def parts(self) -> list[Plan]:
         """This plan as at most ``MAX_ENDPOINTS`` plans of about as many events each, in order; their streams together are its own.
 
-        What is not all in the lake is one of them, the last.
+        What is not all in the lake is one of them, the last. One that ends at a count of events, or goes on, is not cut; nor is a tenant's:
+        cuts lie at first events of files and of hours, which would tell of others.
         """
+        if self.ticket.limit is not None or self.ticket.follow or self.org_id is not None:
+            return [self]
         live = self.view.live
         cut = self.span[1] if live is None else max(live.since, self.span[0])
         if cut >= self.span[1]:
@@ -123,8 +132,7 @@ class Plan:
         sums, at = self.view.unit_rows, self.unit_range
         known = sums[at.stop] - sums[at.start] if at else 0
         count = min(most, known // ENDPOINT_ROWS)
-        # Cuts lie at first events of files: to a tenant, their number and their times would tell of others.
-        if count < 2 or self.ticket.limit is not None or self.org_id is not None:
+        if count < 2:
             return [self]
         edges = [self.span[0]]
         for number in range(1, count):
@@ -135,7 +143,8 @@ class Plan:
         return [self._part(low, high) for low, high in pairwise(edges)]
 
     def _part(self, low: int, high: int) -> Plan:
-        ticket = replace(self.ticket, start=to_instant(low), end=to_instant(high))
+        end = self.ticket.end if high == self.span[1] else to_instant(high)
+        ticket = replace(self.ticket, start=to_instant(low), end=end)
         return replace(self, ticket=ticket, rows=None)
 
     def metadata(self, **more: object) -> bytes:
@@ -155,24 +164,32 @@ class Plan:
     def pinned_ticket(self) -> Ticket:
         """A ticket for the same events of the same table version in the same encoding, whenever it is redeemed.
 
-        One that reaches into what is not in the lake yet names no version: its events may be in a later one when it is redeemed.
+        One that reaches into what is not in the lake yet names no version: its events may be in a later one when it is redeemed. Nor does
+        one that follows; nor a tenant's where a log is followed: it would tell whether others' events are late.
         """
         live = self.view.live
-        version = self.snapshot.version if live is None or self.span[1] <= live.since else None
+        moves = live is not None and (self.ticket.follow or self.org_id is not None or self.span[1] > live.since)
+        version = None if moves else self.snapshot.version
         return replace(self.ticket, table_version=version, profile=self.encoding.profile, codec=self.encoding.codec)
 
     def next_ticket(self) -> str | None:
         """The ticket for what comes after this stream, up to then; None behind a limit, which may end anywhere.
 
-        Of a live view: for the events of the range that settle later, whatever their time. Else: for what is published later.
+        Where a log is followed: for the events of the same range that settle later, whatever their time. Else: for what is published later,
+        behind the range too.
         """
         if self.ticket.limit is not None:
             return None
         if self.view.live is not None:
-            same = json.loads(replace(self.ticket, after_pk=self.settled_pk).json)
-            return json.dumps(same | {"end": "now"}, ensure_ascii=False, separators=(",", ":"))
-        start = max(self.complete_through, self.ticket.start)
-        after = json.loads(replace(self.ticket, table_version=None).json) | {"start": start.isoformat(), "end": "now"}
+            after = json.loads(replace(self.ticket, after_pk=self.settled_pk).json)
+            if self.ticket.end == FOR_EVER:
+                after["end"] = "now"
+        else:
+            start = max(self.complete_through, self.ticket.start)
+            # A key is one of the range: what lies behind the range was never read.
+            after_pk = self.ticket.after_pk if start < self.ticket.end else None
+            after = json.loads(replace(self.ticket, table_version=None, after_pk=after_pk).json)
+            after |= {"start": start.isoformat(), "end": "now"}
         return json.dumps(after, ensure_ascii=False, separators=(",", ":"))
 
     def batches(self) -> Generator[pa.RecordBatch]:
@@ -182,7 +199,7 @@ class Plan:
         """
         names = list(dict.fromkeys((*self.schema.names, *self.filter.columns)))
         rows = 0
-        for found in self.snapshot.read(self.ticket.start, self.ticket.end, columns=names):
+        for found in self.snapshot.read(*map(to_instant, self.span), columns=names):
             mask = self.filter.mask(found.column)
             # A filter copies what it keeps: no byte of another tenant's is left behind in a buffer.
             batch = found if mask is None else found.filter(mask)
@@ -212,17 +229,22 @@ def plan(
     ``encoding`` is what the ticket leaves open. Raises ``WindowMissing`` for a hole, ``LakeEmpty`` when nothing is published at all.
     """
     view = View(view) if isinstance(view, Snapshot) else view
-    start, end = to_micros(ticket.start), to_micros(ticket.end)
-    gaps = view.gaps(max(start, view.starts[0] if first is None else to_micros(first)), end)
+    start, end = _span(ticket)
+    begin = view.starts[0]
+    if first is not None:
+        # What a live view has begins where there is an event.
+        begin = to_micros(first) if view.live is None else max(begin, to_micros(first))
+    gaps = view.gaps(max(start, begin), end)
     if gaps and not ticket.allow_missing:
         raise _missing(gaps, size)
     low, high = view.covered(start, end)
-    if "timestamp" in (ticket.columns or ("timestamp",)):
+    if _has_times(ticket):
         _check_nanoseconds(view, start, end)
     whole = (
         org_id is None
         and not ticket.entity_types
         and ticket.after_pk is None
+        and not ticket.follow
         and (high <= low or (view.starts[low] >= start and view.reaches[high - 1] <= end))
         and view.uncounted[high] == view.uncounted[low]
     )
@@ -234,17 +256,28 @@ def plan(
         encoding=Encoding(ticket.profile or default.profile, ticket.codec or default.codec),
         rows=rows if rows is None or ticket.limit is None else min(rows, ticket.limit),
         complete_through=min(view.extent[1], ticket.end),
-        settled_pk=_settled(view, low, high),
+        settled_pk=_settled(view, low, high, ticket.after_pk or 0),
         provisional_windows=view.provisional[high] - view.provisional[low] if high > low else 0,
         missing_windows=sum(_count(gap, size) for gap in gaps),
         org_id=org_id,
     )
 
 
-def _settled(view: View, low: int, high: int) -> int | None:
+def _settled(view: View, low: int, high: int, after_pk: int) -> int | None:
+    """The ticket has the events up to ``after_pk`` already, even where another server has settled further than this one."""
     if view.live is not None:
-        return view.live.settled_pk
-    return min(view.settled_pks[low:high]) if high > low else None
+        return max(view.live.settled_pk, after_pk)
+    known = [pk for pk in view.settled_pks[low:high] if pk is not None]
+    return max(min(known), after_pk) if 0 < len(known) == high - low else None
+
+
+def _span(ticket: Ticket) -> tuple[int, int]:
+    endless = ticket.end == FOR_EVER and _has_times(ticket)
+    return to_micros(ticket.start), to_micros(max(_LAST_NANOSECONDS, ticket.start) if endless else ticket.end)
+
+
+def _has_times(ticket: Ticket) -> bool:
+    return "timestamp" in (ticket.columns or ("timestamp",))
 
 
 _Gap = tuple[int, int]

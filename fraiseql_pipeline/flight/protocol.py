@@ -187,7 +187,7 @@ INVALID_NAME, INVALID_VALUE = 1, 2
 
 #: ``HealthCheckResponse.status``.
 HEALTH_SERVICE = "grpc.health.v1.Health"
-SERVING, NOT_SERVING = 1, 2
+SERVING = 1
 
 
 def retry_details(code: int, sentence: str, seconds: float) -> bytes:

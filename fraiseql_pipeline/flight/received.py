@@ -40,7 +40,8 @@ class Receipt:
     windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
     that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
     range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
-    ``next_ticket`` reads what comes after this; None behind a ``limit``. ``table_version`` is None while nothing is published.
+    ``next_ticket`` reads what comes after this; None behind a ``limit``, and in an ``info`` where a log is followed. ``table_version`` is
+    None while nothing is published.
     """
 
     rows: int | None

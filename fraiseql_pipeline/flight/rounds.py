@@ -5,24 +5,29 @@ What lives here: ``Round`` and ``Rounds``, the last of them. What must not: Post
 
 Invariants
  1. Rounds follow each other without a gap: each begins at the key where the one before ended.
- 2. They take at most ``ROUNDS_BYTES``; whoever is further behind reads what is gone from the buffer's files, so a slow follower holds no
+ 2. An event that nanoseconds cannot hold is in no stream that has times; it ends nobody's stream.
+ 3. They take at most ``ROUNDS_BYTES``; whoever is further behind reads what is gone from the buffer's files, so a slow follower holds no
     memory.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fraiseql_pipeline.encoding import Encoding
+from fraiseql_pipeline.encoding import NANOSECOND_RANGE_US, Encoding
 from fraiseql_pipeline.flight.frames import Item, Message
 from fraiseql_pipeline.flight.segment import Filter, Segment, held
 from fraiseql_pipeline.flight.stream import encoded
+
+_log = logging.getLogger(__name__)
 
 #: Arrow bytes of the rounds that are kept, the last one aside.
 ROUNDS_BYTES = 8 << 20
@@ -56,13 +61,23 @@ class Round:
     batches: tuple[pa.RecordBatch, ...]
     _kept: dict[object, Kept] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _told: bool = False
 
     @property
     def bytes(self) -> int:
         return sum(batch.nbytes for batch in self.batches)
 
+    @cached_property
+    def _low_pk(self) -> int:
+        return min((pc.min(batch["pk"]).as_py() for batch in self.batches), default=self.upto_pk)
+
     def entry(self, schema: pa.Schema, encoding: Encoding, wanted: Filter, times: Times, frame_rows: int) -> Kept:
         """The messages of the events that are wanted; made by the first who asks, as long as there are few ways of asking."""
+        if wanted.after_pk is not None and wanted.after_pk < self._low_pk:
+            wanted = replace(wanted, after_pk=None)  # so that all who ask for the rest share it
+        if "timestamp" in schema.names:
+            times = max(times[0], NANOSECOND_RANGE_US[0]), min(times[1], NANOSECOND_RANGE_US[1] + 1)
+            self._tell_of_far()
         span = None if self._within(times) else times
         key = (tuple(schema.names), str(encoding), wanted, span, frame_rows)
         with self._lock:
@@ -72,6 +87,19 @@ class Round:
                 if len(self._kept) < _KEPT_WAYS:
                     self._kept[key] = kept
             return kept
+
+    def _tell_of_far(self) -> None:
+        with self._lock:
+            told, self._told = self._told, True
+        if told or self._within((NANOSECOND_RANGE_US[0], NANOSECOND_RANGE_US[1] + 1)):
+            return
+        at = [batch["timestamp"].cast(pa.int64()) for batch in self.batches]
+        outside = (pc.or_(pc.less(some, NANOSECOND_RANGE_US[0]), pc.greater(some, NANOSECOND_RANGE_US[1])) for some in at)
+        _log.warning(
+            "%d event(s) lie outside 1677-09-22 to 2262-04-11, the times that nanoseconds can hold, and are left out of what followers get "
+            "with timestamp; correct them where they are written",
+            sum(pc.sum(some).as_py() for some in outside),
+        )
 
     def _within(self, times: Times) -> bool:
         if not self.batches:

@@ -7,7 +7,8 @@ Invariants
  1. An address others can reach is bound only with TLS and authentication, unless the caller insists (``insecure``).
  2. A request is refused above ``MAX_REQUEST_BYTES`` (an upload's message above ``_MAX_UPLOAD_BYTES``) before any of it is parsed; a port
     is never shared with another server, only among the workers of one.
- 3. Stopping is bounded: new calls are refused at once, running streams may finish for the grace time, then they end in an error.
+ 3. Stopping is bounded: new calls are refused at once, running streams may finish for the grace time, then they end in an error. What is under
+    way with the database then is cancelled, and what does not end after a few seconds more is left behind: it ends with the process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import logging
 import signal
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import grpc
@@ -29,9 +29,10 @@ from fraiseql_pipeline.flight.actions import Actions, health
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, SCOPES, Authenticator, Caller
 from fraiseql_pipeline.flight.edge import MAX_REQUEST_BYTES, METHODS, Edge
-from fraiseql_pipeline.flight.limits import HANDSHAKES, SHORT_CALLS, Streams
+from fraiseql_pipeline.flight.limits import Streams
 from fraiseql_pipeline.flight.metrics import Metrics
 from fraiseql_pipeline.flight.service import FlightService
+from fraiseql_pipeline.flight.threads import Threads
 from fraiseql_pipeline.flight.upload import uploads
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -41,8 +42,11 @@ _log = logging.getLogger(__name__)
 #: What gRPC takes in one message where the server takes uploads; every other RPC keeps to ``MAX_REQUEST_BYTES``.
 _MAX_UPLOAD_BYTES = 16 * 1024 * 1024
 
-#: Threads beyond those that clients can hold up: for calls that answer at once, and to refuse a stream too many with a sentence.
+#: Threads beyond those of calls with a slot: for calls that answer at once, and to refuse a call too many with a sentence.
 _SPARE_THREADS = 8
+
+#: What the end waits for the threads of calls that have ended: they write their lines of the audit log.
+_END_SECONDS = 1.0
 
 #: Calls that wait for a thread; more are refused by gRPC itself.
 _WAITING_CALLS = 256
@@ -81,22 +85,22 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
     log = ChangeLog(settings.database_url, settings) if settings.arrow_flight_uploads and settings.database_url else None
     put = None if log is None else uploads(log.append)
     handlers = service.handlers(edge, put) | Actions(chosen, service, authenticator, streams).handlers(edge)
-    held = settings.arrow_flight_max_streams + SHORT_CALLS + HANDSHAKES
-    threads = ThreadPoolExecutor(held + _SPARE_THREADS, thread_name_prefix="flight")
+    most = streams.most + _SPARE_THREADS
+    threads = Threads(most, "flight")
     server = grpc.server(
-        threads,
+        threads,  # type: ignore[arg-type] # all that is asked of it is ``submit``
         handlers=[grpc.method_handlers_generic_handler(protocol.SERVICE, handlers), health()],
         options=(
             *_OPTIONS,
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES if log is None else _MAX_UPLOAD_BYTES),
             ("grpc.so_reuseport", int(share_port)),
         ),
-        maximum_concurrent_rpcs=held + _SPARE_THREADS + _WAITING_CALLS,
+        maximum_concurrent_rpcs=most + _WAITING_CALLS,
     )
     try:
         port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     except RuntimeError:
-        threads.shutdown()
+        threads.shutdown(wait=False)
         service.close()
         audit.close()
         raise SettingsError(
@@ -139,7 +143,7 @@ class FlightServer:
     def __init__(
         self,
         server: grpc.Server,
-        threads: ThreadPoolExecutor,
+        threads: Threads,
         service: FlightService,
         streams: Streams,
         audit: AuditLog,
@@ -164,14 +168,13 @@ class FlightServer:
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Refuse new calls, let streams finish for the grace time (``FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS``), then end them."""
-        self.draining = True
-        self._service.stop_following()
-        self._server.stop(self._drain_seconds if grace_seconds is None else grace_seconds).wait()
-        self._streams.close()
+        self._refuse(self._drain_seconds if grace_seconds is None else grace_seconds).wait()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._service.close()
         if self._log is not None:
             self._log.close()
+        self._streams.close()
+        self._service.close()
+        self._threads.join(_END_SECONDS)
         self._audit.close()
 
     def run_until_signal(self, parent: socket.socket | None = None) -> None:
@@ -196,10 +199,15 @@ class FlightServer:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    def _drain(self, told: socket.socket, teller: socket.socket) -> None:
+    def _refuse(self, grace_seconds: float) -> threading.Event:
+        """From here on no call is taken; set when every call has ended, by itself or at the end of the grace time."""
         self.draining = True
+        ended = self._server.stop(grace_seconds)
         self._service.stop_following()
-        ended = self._server.stop(self._drain_seconds)
+        return ended
+
+    def _drain(self, told: socket.socket, teller: socket.socket) -> None:
+        ended = self._refuse(self._drain_seconds)
 
         def tell() -> None:
             ended.wait()

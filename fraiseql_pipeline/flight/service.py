@@ -5,7 +5,7 @@ as statuses (``status.py``), which windows a ticket covers (``plan.py``).
 
 Invariants
  1. Every RPC of the protocol is answered: the ones not offered with UNIMPLEMENTED and a sentence that says which are.
- 2. ``now`` is resolved once per request.
+ 2. ``now`` is resolved once per request. As an end it is no time where a log is followed: a stream ends at a key (``plan.py``).
  3. What a caller gets, counts included, is of its tenant.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from fraiseql_pipeline.encoding import Encoding, receipt_frames, stream_schema
-from fraiseql_pipeline.errors import LakeEmpty, TicketError
+from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, TicketError
 from fraiseql_pipeline.flight import limits, protocol, session
 from fraiseql_pipeline.flight.auth import PUBLISH, READ
 from fraiseql_pipeline.flight.edge import Call, Edge, not_offered
@@ -29,7 +29,7 @@ from fraiseql_pipeline.flight.exchange import exchange
 from fraiseql_pipeline.flight.follow import follow
 from fraiseql_pipeline.flight.frames import FrameStore
 from fraiseql_pipeline.flight.live import Live
-from fraiseql_pipeline.flight.plan import Plan, plan
+from fraiseql_pipeline.flight.plan import FOR_EVER, Plan, plan
 from fraiseql_pipeline.flight.signing import Signer
 from fraiseql_pipeline.flight.stream import FrameStreams, Sender, Sent
 from fraiseql_pipeline.flight.view import View, Views
@@ -45,10 +45,6 @@ ENCODING_HEADER = "x-fraiseql-encoding"
 
 #: Tells a client that the server it asked is one of an endpoint's locations (Flight.rst, "Location URIs").
 _THIS_CONNECTION = "arrow-flight-reuse-connection://?"
-
-
-#: The end of a ticket that follows without one.
-_FOR_EVER = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 def _utc_now() -> datetime:
@@ -68,7 +64,7 @@ class FlightService:
         self._signer = Signer(settings.arrow_flight_ticket_key, timedelta(seconds=settings.arrow_flight_ticket_seconds))
         self._encoding = Encoding.parse(settings.arrow_flight_encoding)
         follows = settings.arrow_flight_live and settings.database_url is not None
-        self.live = Live(settings, lake, self._views, self.store.directory) if follows else None
+        self.live = Live(settings, lake, self._views, self.store) if follows else None
 
     def start(self) -> None:
         """Follow the change log, if there is one."""
@@ -76,13 +72,14 @@ class FlightService:
             self.live.start()
 
     def stop_following(self) -> None:
-        """Streams that follow end with their receipts."""
+        """Streams that follow end with their receipts; nothing is waited for."""
         if self.live is not None:
-            self.live.close()
+            self.live.end()
 
     def close(self) -> None:
         """Give the disk space of the kept frames back. Streams that are still running end in an error."""
-        self.stop_following()
+        if self.live is not None:
+            self.live.close()
         self.store.close()
 
     def handlers(self, edge: Edge, put: Callable[[Iterator[bytes], Call], Iterator[bytes]] | None = None) -> dict[str, Any]:
@@ -113,7 +110,7 @@ class FlightService:
         The receipt is a JSON object: ``rows`` and ``checksum`` (``encoding.checksum``; null where ``event_id`` is not sent) of the whole
         stream, and the facts of ``Plan.metadata``.
         """
-        sent = Sent(call.count)
+        sent = Sent(call.count, call.presence)
         if decided.ticket.follow and self.live is not None:
             decided = yield from self._followed(decided, sent, call, self.live)
         else:
@@ -149,7 +146,7 @@ class FlightService:
     def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
         """One flight per stretch of published windows without a hole, oldest first; none while the lake is empty.
 
-        Criteria are a ticket, in any of its forms: then each flight is what the ticket asks of a stretch.
+        What is more than one ticket may ask is listed all the same: a part of it may be asked for. Criteria are a ticket, in any of its forms: then each flight is what the ticket asks of a stretch.
         """
         expression = _parse(protocol.Criteria, request).expression
         asked = self._ticket(expression, call) if expression else None
@@ -163,7 +160,7 @@ class FlightService:
                 continue
             named = Ticket(start=start, end=end) if asked is None else replace(asked, start=start, end=end, follow=False)
             descriptor = protocol.FlightDescriptor(type=protocol.CMD, cmd=named.text.encode())
-            yield self._info(descriptor, self._plan(self._chosen(named, call), call, view), call).SerializeToString()
+            yield self._info(descriptor, self._decided(self._chosen(named, call), call, view), call).SerializeToString()
 
     def renewed(self, endpoint: Any, call: Call) -> Any:
         """The endpoint with a ticket that lives longer. Raises ``TicketError`` for one that is not valid any more."""
@@ -171,9 +168,9 @@ class FlightService:
         return self._endpoint(ticket, call)
 
     def warm(self, data: bytes, call: Call) -> int:
-        """Encode the frames of a ticket before anybody reads them; how many events they hold."""
+        """Encode the frames of a ticket before anybody reads them; how many events they hold. None of them counts as sent."""
         ticket = self._ticket(data, call)
-        sent = Sent(call.count)
+        sent = Sent(lambda _: None, call.presence)
         with closing(self._streams.messages(self._plan(ticket, call), self._max_rows(ticket), sent)) as messages:
             for _ in messages:
                 if not call.context.is_active():
@@ -181,7 +178,11 @@ class FlightService:
         return sent.rows
 
     def _info(self, descriptor: Any, decided: Plan, call: Call) -> Any:
-        size = self._streams.size_of(decided, self._max_rows(decided.ticket))
+        # Which frames are kept tells whether the files of the range are the same as before: whether others' events were late.
+        told = decided.org_id is None or decided.view.live is None
+        size = self._streams.size_of(decided, self._max_rows(decided.ticket)) if told else None
+        # What has settled grows until an endpoint is asked for: only a stream knows from which key to go on.
+        unknown = {} if decided.view.live is None else {"next_ticket": None}
         return protocol.FlightInfo(
             schema=decided.stream_schema.serialize().to_pybytes(),
             flight_descriptor=descriptor,
@@ -189,7 +190,7 @@ class FlightService:
             total_records=-1 if decided.rows is None else decided.rows,
             total_bytes=-1 if size is None else size,
             ordered=True,
-            app_metadata=decided.metadata(),
+            app_metadata=decided.metadata(**unknown),
         )
 
     def _endpoint(self, ticket: Ticket, call: Call) -> Any:
@@ -202,20 +203,26 @@ class FlightService:
         endpoint.expiration_time.FromDatetime(until)
         return endpoint
 
-    def _plan(self, ticket: Ticket, call: Call, view: View | None = None) -> Plan:
-        if view is None and self.live is not None and ticket.table_version is None:
-            view = self.live.view(ticket)
-        view = view or self._views.of(ticket)
-        decided = plan(
-            ticket,
-            view,
-            first=self._settings.first_window if view.live is None else None,
-            size=self._settings.window,
-            org_id=call.org_id,
-            encoding=self._encoding,
-        )
+    def _plan(self, ticket: Ticket, call: Call) -> Plan:
+        decided = self._decided(ticket, call, self._view(ticket))
         limits.check(decided, self._settings)
         return decided
+
+    def _view(self, ticket: Ticket) -> View:
+        if self.live is None or ticket.table_version is not None:
+            return self._views.of(ticket)
+        if (view := self.live.view(ticket)) is not None:
+            return view
+        try:
+            return self._views.of(ticket)
+        except LakeEmpty:
+            raise FlightUnavailable(
+                "Nothing is published in the lake yet, and the change log cannot be followed right now; try again in a moment."
+            ) from None
+
+    def _decided(self, ticket: Ticket, call: Call, view: View) -> Plan:
+        first, size = self._settings.first_window, self._settings.window
+        return plan(ticket, view, first=first, size=size, org_id=call.org_id, encoding=self._encoding)
 
     def _max_rows(self, ticket: Ticket) -> int:
         return ticket.batch_size or self._settings.arrow_flight_batch_size
@@ -235,9 +242,14 @@ class FlightService:
     def _ticket(self, data: bytes, call: Call) -> Ticket:
         now = self._clock()
         ticket = self._chosen(Ticket.parse(self._signer.opened(data, _name(call), now), now), call)
-        return self._following(ticket, now) if ticket.follow else ticket
+        if ticket.follow:
+            self._check_follow(ticket, now)
+        if self.live is not None and ticket.end == now and ticket.table_version is None:
+            # What settles later happened later, or its clock is ahead of this one: how far a stream reaches is said by its key.
+            return replace(ticket, end=FOR_EVER)
+        return ticket
 
-    def _following(self, ticket: Ticket, now: datetime) -> Ticket:
+    def _check_follow(self, ticket: Ticket, now: datetime) -> None:
         if self.live is None:
             raise TicketError(
                 'This server sends events that are published; leave "follow" out of the ticket. It follows a change log where '
@@ -245,8 +257,6 @@ class FlightService:
             )
         if ticket.end < now or ticket.table_version is not None:
             raise TicketError('A ticket with "follow" must end now or later, and name no "table_version".')
-        # Until now means for ever: what settles later happened later.
-        return replace(ticket, end=_FOR_EVER) if ticket.end == now else ticket
 
     def _chosen(self, ticket: Ticket, call: Call) -> Ticket:
         """The ticket with what it leaves open and the call's header, then its session, say."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from fraiseql_pipeline.encoding import (
 from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.flight.frames import Entry, FrameStore, Item, Message
 from fraiseql_pipeline.flight.plan import Plan
+from fraiseql_pipeline.flight.presence import Presence
 from fraiseql_pipeline.flight.segment import Filter, Group, Groups, Segment, segments
 
 #: Rows per kept frame; a ticket gets the largest that its rows per batch allow, and smaller batches are cut out of the last. Larger ones
@@ -53,10 +54,11 @@ _SIZED_UNITS = 256
 class Sent:
     """What a stream has sent so far. ``checksum`` is that of ``encoding.checksum``, summed; meaningless without ``event_id``.
 
-    ``count`` is told of rows before they are sent, and may raise.
+    ``count`` is told of rows before they are sent, and may raise. ``presence``: of the client.
     """
 
     count: Callable[[int], None]
+    presence: Presence = field(default_factory=Presence)
     rows: int = 0
     checksum: int = 0
 
@@ -122,12 +124,12 @@ class FrameStreams:
         try:
             while opened:
                 part, entry = opened[0]
-                for item in entry.items():
+                for item in entry.items(sender.presence):
                     yield from sender.send(entry, item, part.whole)
                     if sender.full:
                         break
                     # Not before the client has something: on a small machine the two would share a processor.
-                    if item.rows and len(opened) == 1 and plan.limit_rows is None:
+                    if item.rows and len(opened) == 1 and plan.ticket.limit is None:
                         open_next()
                 if sender.full:
                     return
@@ -232,11 +234,16 @@ class Sender:
         self._plan = plan
         self.max_rows = max_rows
         self._sent = sent
-        self._left = plan.limit_rows
+        self._left = plan.ticket.limit
         self._start, self._end = plan.span
         self._schema = without_dictionaries(plan.stream_schema)
         self._dictionaries: dict[int, int] = {}  # column → checksum of what the client has
         self._pending: dict[int, tuple[Readable, Item]] = {}
+
+    @property
+    def presence(self) -> Presence:
+        """Of its client."""
+        return self._sent.presence
 
     @property
     def full(self) -> bool:

@@ -16,7 +16,6 @@ Invariants
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -32,7 +31,7 @@ from fraiseql_pipeline.event import BATCH_SCHEMA, EVENT_SCHEMA
 from fraiseql_pipeline.event_ids import Rows, rows_where
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.edge import Call
-from fraiseql_pipeline.flight.incoming import AT_ONCE, Incoming
+from fraiseql_pipeline.flight.incoming import Incoming, Room
 from fraiseql_pipeline.validate import Validator
 
 #: The path or command of an upload's descriptor.
@@ -56,13 +55,13 @@ def uploads(append: Callable[[pa.RecordBatch, str], Appended]) -> Callable[[Iter
 
     A result's metadata is a JSON object: ``rows`` of the batch, of which ``inserted`` are new and ``known`` were in the log before.
     """
-    slots = threading.Semaphore(AT_ONCE)
+    room = Room()
 
     def put(requests: Iterator[bytes], call: Call) -> Iterator[bytes]:
-        with closing(Incoming(call.received(requests), slots)) as incoming:
+        with closing(Incoming(call.received(requests), room, call.presence)) as incoming:
             if incoming.named() not in {(_NAME,), _NAME.encode()}:
                 raise InputError(f"The descriptor of an upload must be the path {_NAME}, or the command {_NAME}.")
-            for batch in incoming.batches():
+            while (batch := incoming.next_batch()) is not None:
                 if call.max_rows is not None and call.rows + batch.num_rows > call.max_rows:
                     raise InputError(
                         f"An upload must not have more than {call.max_rows} events in one call on this server; go on in another call."
@@ -70,8 +69,9 @@ def uploads(append: Callable[[pa.RecordBatch, str], Appended]) -> Callable[[Iter
                 events = sound(batch, call.org_id)
                 done = append(events, call.caller.principal) if events.num_rows else Appended(0, 0)
                 call.count(events.num_rows)
-                incoming.let_go()
                 said = {"rows": events.num_rows, "inserted": done.inserted_rows, "known": done.known_rows}
+                del batch, events  # before the client is waited for, however long
+                incoming.let_go()
                 yield protocol.PutResult(app_metadata=json.dumps(said).encode()).SerializeToString()
 
     return put

@@ -5,7 +5,8 @@ that somebody may come back to. What must not: tickets' options (``plan.py``), w
 
 Invariants
  1. A view never changes. Everything it lists can be read as long as somebody holds it.
- 2. A window of a view holds every event up to its ``settled_pk``; of a joined view, every event up to the one settled pk of its live part.
+ 2. A window of a view holds every event up to its ``settled_pk``, where that is known; a view with a live part every event up to the one
+    settled pk of that part, whatever its time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -37,12 +39,12 @@ FOREVER = 1 << 62
 
 
 class Span(NamedTuple):
-    """One window as a view has it: [start, end) in µs. ``rows`` is exact where ``counted``."""
+    """One window as a view has it: [start, end) in µs. ``rows`` is exact where ``counted``; ``settled_pk``: None where it is not known."""
 
     window: Window
     start: int
     end: int
-    settled_pk: int
+    settled_pk: int | None
     rows: int
     provisional: bool
     counted: bool
@@ -50,13 +52,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LiveEvents:
-    """What a joined view has beside the lake: every settled event up to ``settled_pk``; those from ``since`` (µs) on are not all in the lake.
+    """What a view has beside the lake: every settled event up to ``settled_pk``; those from ``since`` (µs) on are not all in the lake.
 
-    ``files`` hold them; ``kept`` keeps these files on the disk.
+    ``through`` (µs): when these were all that had settled. ``files`` hold what is not in the lake; ``kept`` keeps them on the disk.
     """
 
     settled_pk: int
     since: int
+    through: int
     files: tuple[File, ...]
     kept: tuple[object, ...]
 
@@ -85,6 +88,13 @@ class View:
             for span in found
             if span.rows and not NANOSECOND_RANGE_US[0] <= span.start <= span.end <= NANOSECOND_RANGE_US[1]
         ]
+        # What is not in the lake is not counted by windows: its files tell.
+        self.far += [
+            (Window.holding(to_instant(file.low), WindowSize.HOUR), file.low, file.high + 1)
+            for file in (live.files if live is not None else ())
+            if file.low is not None and file.high is not None
+            if not NANOSECOND_RANGE_US[0] <= file.low <= file.high <= NANOSECOND_RANGE_US[1]
+        ]
         self.holes = [(reach, start) for reach, start in zip(self.reaches, self.starts[1:], strict=False) if reach < start]
 
     @cached_property
@@ -105,12 +115,16 @@ class View:
 
     @property
     def extent(self) -> tuple[datetime, datetime]:
-        """From the start of the oldest to the end of the newest window."""
-        return to_instant(self.starts[0]), to_instant(self.reaches[-1])
+        """From the start of the oldest to the end of the newest window, or to when what it has was all that had settled."""
+        return to_instant(self.starts[0]), to_instant(self._end)
+
+    @property
+    def _end(self) -> int:
+        return self.reaches[-1] if self.live is None else self.live.through
 
     def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
         """The parts of [start, end) before the end of the newest window that no window covers."""
-        end = min(end, self.reaches[-1])
+        end = min(end, self.reaches[-1], self._end)
         found = []
         if start < min(self.starts[0], end):
             found.append((start, min(self.starts[0], end)))
@@ -134,14 +148,33 @@ class View:
     def settled_pk_at(self, at: int) -> int | None:
         """Up to which pk the events of an instant (µs) are in; None: no window holds it."""
         low, high = self.covered(at, at + 1)
-        return max((span.settled_pk for span in self.spans[low:high] if span.start <= at < span.end), default=None)
+        return max(self._keys(span for span in self.spans[low:high] if span.start <= at < span.end), default=None)
+
+    def settled_pk_within(self, start: int, end: int) -> int:
+        """The highest key up to which a window that touches [start, end) has its events; 0 where there is none."""
+        return max(self._keys(self.spans[slice(*self.covered(start, end))]), default=0)
+
+    @staticmethod
+    def _keys(spans: Iterable[Span]) -> Iterator[int]:
+        return (span.settled_pk for span in spans if span.settled_pk is not None)
 
     def has_all_below(self, file: File, pk: int) -> bool:
         """Whether a file certainly holds no event above a pk: it lies in one window, which was settled before."""
         if file.low is None:
             return False
         low, high = self.covered(file.low, file.low + 1)
-        return high == low + 1 and file.within(self.starts[low], self.ends[low]) and self.settled_pks[low] <= pk
+        if high != low + 1 or not file.within(self.starts[low], self.ends[low]):
+            return False
+        settled_pk = self.settled_pks[low]
+        return settled_pk is not None and settled_pk <= pk
+
+    def with_live(self, live: LiveEvents) -> View:
+        """The same, as all there is up to the settled pk of ``live``, which has no files."""
+        # Looked up here, so that it is done once for all who read this version.
+        _ = self.unit_lows, self.unit_rows
+        made = copy(self)
+        made.live = live
+        return made
 
     def stretches(self) -> list[tuple[datetime, datetime]]:
         """The ranges that are published without a hole, oldest first."""
@@ -176,6 +209,7 @@ class Views:
         self._lake = lake
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, View] = OrderedDict()
+        self._generation = 0
 
     def newest(self) -> View:
         """Of the newest version. Raises ``LakeEmpty``."""
@@ -193,6 +227,9 @@ class Views:
 
     def _of(self, snapshot: Snapshot) -> View:
         with self._lock:
+            if snapshot.generation != self._generation:  # the lake was replaced: its versions are others
+                self._generation = snapshot.generation
+                self._kept.clear()
             view = self._kept.get(snapshot.version)
             if view is None:
                 view = self._kept[snapshot.version] = View(snapshot)
@@ -217,10 +254,13 @@ def _published(snapshot: Snapshot) -> Iterator[Span]:
     lengths = {size: size.duration // _MICROSECOND for size in WindowSize}
     for window, commit in snapshot.published.items():
         start = to_micros(window.start)
-        # One that was published again after this version is not counted by its commit.
-        counted = commit.table_version <= snapshot.version
         end = start + lengths[window.size]
-        yield Span(window, start, end, commit.settled_pk, commit.accepted_rows, commit.state == "provisional", counted)
+        # Of one that was published again after this version its commit says nothing: neither how many events nor up to which key, and it may
+        # have been provisional.
+        if commit.table_version <= snapshot.version:
+            yield Span(window, start, end, commit.settled_pk, commit.accepted_rows, commit.state == "provisional", counted=True)
+        else:
+            yield Span(window, start, end, None, commit.accepted_rows, provisional=True, counted=False)
 
 
 def _published_at(older: Snapshot, published: Mapping[Window, Commit]) -> dict[Window, Commit]:

@@ -5,7 +5,8 @@ What lives here: ``Watched``. What must not: what is in the file.
 Invariants
  1. A change is seen by the next use; unchanged files cost one ``stat`` each.
  2. A file that is missing or wrong at the start is ``SettingsError``. Later, what was read last stays in force and the log says so:
-    an edit that is half done must not lock everybody out.
+    an edit that is half done must not lock everybody out. What is wrong, ``parse`` decides; a list that was cut behind one of its lines is
+    a shorter list, so an operator who edits one renames the new file into its place.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ class Watched(Generic[_T]):
         # Stamped before it is read: a change in between is read twice, never missed.
         self._stamp = self._stamped()
         self._value = self._read()
-        self.changes = 0
 
     def get(self) -> _T:
         """The newest that could be read."""
@@ -51,7 +51,6 @@ class Watched(Generic[_T]):
     def _renew(self, stamp: _Stamp) -> None:
         try:
             self._value = self._read()
-            self.changes += 1
             _log.info("%s changed and was read again", self._setting)
         except SettingsError as error:
             _log.error("%s The one read before stays in force.", error)

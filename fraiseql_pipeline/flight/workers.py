@@ -59,6 +59,15 @@ class Started:
     metrics_url: str | None
 
 
+def log_to_stderr() -> None:
+    """A line per warning, beginning with the time in UTC. For the process of a server and for those it starts."""
+    lines = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    lines.converter = time.gmtime
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(lines)
+    logging.basicConfig(level=logging.WARNING, handlers=[stderr])
+
+
 def run(settings: Settings, *, insecure: bool = False, started: Callable[[Started], None] = lambda _: None) -> None:
     """Serve until SIGTERM or SIGINT, drained; to be called in the main thread. ``started`` is told once everything listens.
 
@@ -129,7 +138,9 @@ class _Fleet:
         receiving, sending = self._spawn.Pipe(duplex=False)
         # Settings that come from a file are of a class made for the call, which cannot travel: their values can.
         process = self._spawn.Process(
-            target=_work, args=(self._settings.model_dump(exclude_unset=True), self._insecure, theirs, sending), name="flight worker"
+            target=_work,
+            args=(self._settings.model_dump(exclude_unset=True), self._insecure, theirs, sending),
+            name="flight worker",
         )
         process.start()
         theirs.close()
@@ -265,6 +276,7 @@ def _held_port(address: str) -> Iterator[str]:
 def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report: Connection) -> None:
     # Ctrl-C reaches every process of a terminal; the supervisor decides what it means and says so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log_to_stderr()
     # As the command line does, which a spawned process is not: pyarrow's own pool keeps up to 100 MiB of what encoding has freed.
     pa.set_memory_pool(pa.system_memory_pool())
     try:

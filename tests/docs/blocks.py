@@ -3,7 +3,7 @@
 A block runs in the order of its document, in one directory and against one lake, as a reader would type it. A comment right above it may say
 
     <!-- block: lake -->       run it where the blocks above have made a lake, or make one
-    <!-- block: dagster -->    run it beside a lake; $WINDOW is a window that has ended
+    <!-- block: dagster -->    run it beside a lake
     <!-- block: server -->     run it beside a lake and `fraiseql-pipeline serve`; localhost:50051 stands for wherever that listens
     <!-- not run: WHY -->      do not run it; WHY is a sentence for the reader of the source
 

@@ -10,13 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from fraiseql_pipeline.window import Window, WindowSize
-from tests.docs.blocks import Block, blocks, documents
+from tests.docs.blocks import ROOT, Block, blocks, documents
 
 BLOCKS = [block for document in documents() for block in blocks(document)]
 RUN = [block for block in BLOCKS if block.why_not is None]
@@ -25,10 +23,11 @@ pytestmark = pytest.mark.timeout(300)
 
 
 class Reader:
-    """A reader at a keyboard: one empty directory, the package installed, nothing configured."""
+    """A reader at a keyboard: one directory with nothing but the examples in it, the package installed, nothing configured."""
 
     def __init__(self, at: Path, held: ExitStack) -> None:
         self.at = at
+        (at / "examples").symlink_to(ROOT / "examples")
         self._held = held
         self._address: str | None = None
         inherited = {n: v for n, v in os.environ.items() if not n.startswith(("FRAISEQL_", "PYTHON", "DAGSTER_"))}
@@ -37,12 +36,11 @@ class Reader:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "DAGSTER_DISABLE_TELEMETRY": "yes",
             "PYTHONWARNINGS": "default",
-            "WINDOW": Window.holding(datetime.now(UTC) - timedelta(hours=2), WindowSize.HOUR).key,
         }
 
     def run(self, block: Block) -> subprocess.CompletedProcess[str]:
         code = block.code
-        if block.needs in {"server", "dagster"}:
+        if block.needs:
             self.lake()
         if block.needs == "server":
             code = code.replace("localhost:50051", self.server())

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from docs import tables
+from fraiseql_pipeline.changelog import ChangeLog, write_sample
 from fraiseql_pipeline.cli import main
 from fraiseql_pipeline.event import COLUMNS
 from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.ticket import Ticket
+from fraiseql_pipeline.validate import TOLERATED_ROWS, Validator
+from fraiseql_pipeline.window import Window, WindowSize
 from tests.docs.blocks import ROOT, documents
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -33,7 +42,7 @@ def test_every_setting_is_documented(name: str) -> None:
 
 
 def test_no_document_names_a_setting_that_does_not_exist() -> None:
-    known = {f"FRAISEQL_{name.upper()}" for name in Settings.model_fields} | {"FRAISEQL_DBT_DATABASE"}
+    known = {f"FRAISEQL_{name.upper()}" for name in Settings.model_fields} | {"FRAISEQL_DBT_DATABASE", "FRAISEQL_TEST_DSN"}
     for document in documents():
         named = set(re.findall(r"FRAISEQL_[A-Z_]+[A-Z]", document.read_text(encoding="utf-8")))
         assert named <= known, f"{document.name} names {sorted(named - known)}"
@@ -50,6 +59,78 @@ def test_the_configuration_file_that_is_shown_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("column", [column.name for column in COLUMNS])
 def test_every_column_is_documented(column: str) -> None:
     assert f"| `{column}` |" in CONFIGURATION
+
+
+def test_every_reason_that_sample_events_are_rejected_for_is_documented(changelog_url: str) -> None:
+    documented = set(re.findall(r"^\| `(\w+:\w+)` \|", CONFIGURATION, flags=re.MULTILINE))
+    found: set[str] = set()
+    changelog = ChangeLog(changelog_url, Settings(database_url=changelog_url))
+    write_sample(changelog, 6000, days=1, end=datetime(2026, 11, 20, tzinfo=UTC))
+    settlement = changelog.settle()
+    for hour in range(24):
+        window = Window(datetime(2026, 11, 19, hour, tzinfo=UTC), WindowSize.HOUR)
+        validator = Validator(window)
+        with changelog.read(window, settlement) as batches:
+            for batch in batches:
+                found |= validator.check(batch).reasons.keys()
+    changelog.close()
+    assert len(found) >= 4
+    assert found <= documented
+
+
+def test_the_rejected_rows_that_never_halt_are_counted_as_in_the_code() -> None:
+    assert f"Up to {TOLERATED_ROWS} rejected rows never halt a window" in CONFIGURATION
+
+
+@pytest.mark.parametrize("key", sorted(tables.TICKET_KEYS.keys() - {"type", "entity_type", "start", "end"}))
+def test_the_example_of_every_key_of_a_json_ticket_is_understood(key: str) -> None:
+    shown: dict[str, Any] = {name: json.loads(tables.TICKET_KEYS[name][0]) for name in ("type", "entity_type", "start", "end", key)}
+    ticket = Ticket.parse(json.dumps(shown).encode(), datetime(2026, 11, 20, 12, tzinfo=UTC))
+    value = getattr(ticket, key)
+    assert (list(value) if isinstance(value, tuple) else value) == shown[key]
+    assert ticket.entity_types == ("Order", "User")
+
+
+def test_the_ticket_of_the_observers_that_is_shown_is_understood() -> None:
+    (shown,) = re.findall(r"`(\{\"type\": \"ObserverEvents\".*?\})`", (ROOT / "docs" / "clients.md").read_text(encoding="utf-8"))
+    ticket = Ticket.parse(shown.encode(), datetime(2026, 11, 20, 12, tzinfo=UTC))
+    assert (ticket.start, ticket.end) == (datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 11, 3, tzinfo=UTC))
+
+
+def test_every_extra_is_in_the_readme() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (table,) = re.findall(r"^\| extra \|.*?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line)))
+    assert named == set(project["optional-dependencies"])
+
+
+def test_a_budget_that_is_missed_is_marked_and_explained() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    missed = [
+        ratio["name"]
+        for file in tables.MEASUREMENTS.glob("*.json")
+        for ratio in json.loads(file.read_text())["ratios"]
+        if ratio["met"] is False
+    ]
+    assert page.count("| ✗ |") == len(missed)
+    assert all(f"- **{name}**" in page for name in missed)
+    assert tables.NOT_EXPLAINED not in page
+
+
+def test_the_readme_shows_a_few_budgets_and_not_only_those_that_are_met() -> None:
+    rows = re.findall(r"^\| `bench .*$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert 6 <= len(rows) <= 8
+    assert {name for _, name in tables.HIGHLIGHTS} & tables.MISSED.keys()
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "examples" / "python").glob("*.py")), ids=lambda p: p.name)
+def test_a_python_program_needs_no_argument_and_says_which_it_takes(program: Path) -> None:
+    if "clickhouse" in program.name:
+        pytest.importorskip("clickhouse_connect")
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    usage = done.stdout.partition("\n\n")[0]
+    assert "URL" not in re.sub(r"\[.*?\]", "", usage.upper())
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda d: d.relative_to(ROOT).as_posix())

@@ -108,8 +108,8 @@ def test_500_windows_are_a_handful_of_runs_and_each_window_tells_its_own(dagster
     events, quarantine = _shown(dagster, _EVENTS), _shown(dagster, _QUARANTINE)
     published = Lake.of(Settings.load()).published()
     for n, window in enumerate(windows):
-        assert events[window.key]["dagster/row_count"] == n
-        assert quarantine[window.key]["dagster/row_count"] == (n % 10 == 0)
+        assert events[window.key]["dagster/partition_row_count"] == n
+        assert quarantine[window.key]["dagster/partition_row_count"] == (n % 10 == 0)
         assert events[window.key]["content hash"] == published[window].content_hash
         assert events[window.key]["table version"] == published[window].table_version
     for name in checks.NAMES:

@@ -45,7 +45,7 @@ def test_a_report_on_flight_has_every_case_and_every_ratio(tmp_path: Path, monke
 def test_a_reference_that_is_not_installed_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(benchmark_servers.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(NotThere, match=r"pip install fraiseql-pipeline\[bench\]"), roapi(str(tmp_path)):
+    with pytest.raises(NotThere, match=r"pip install 'fraiseql-pipeline\[bench\]'"), roapi(str(tmp_path)):
         pass
 
 

@@ -33,7 +33,7 @@ def run(changelog_url: str, tmp_path: Path, end: datetime) -> Run:
     environment = {
         "FRAISEQL_DATABASE_URL": changelog_url,
         "FRAISEQL_LAKE_URI": str(tmp_path / "lake"),
-        "FRAISEQL_START": (end - timedelta(days=1)).isoformat(),
+        "FRAISEQL_START": (end - timedelta(days=2)).isoformat(),
     }
     with open_changelog(Settings(database_url=changelog_url)) as changelog:
         write_sample(changelog, 2_000, days=1, end=end)
@@ -153,6 +153,20 @@ def test_doctor_fsck_and_maintain_find_a_sound_lake_sound(run: Run) -> None:
         (("doctor",), {"FRAISEQL_DATABASE_URL": "postgresql://reader:secret@127.0.0.1:1/shop"}, 3, "FRAISEQL_DATABASE_URL"),
         (("--config", "absent.toml", "status"), {}, 2, "absent.toml"),
         (("demo",), {}, 2, "FRAISEQL_DATABASE_URL"),
+        (("materialize", "--start", "2024-01-01", "--end", "2024-01-02"), {}, 2, "FRAISEQL_START"),
+        (("materialize", "--start", "now-2h", "--end", "now"), {"FRAISEQL_LAKE_URI": "/proc/nope"}, 5, "storage"),
+        (("read", '{"type":"events","entity_type":"*","start":"now-1h","end":"now","follow":true}'), {}, 2, "--url"),
+        (("read", "events:*:now-1h:now:10", "--url", "http://127.0.0.1:1"), {}, 2, "grpc+tls://"),
+        (("late", "--start", "now", "--end", "now-3h"), {}, 2, "--start must lie before --end"),
+        (("late",), {}, 5, "Nothing is published in"),
+        (("audit",), {}, 5, "Nothing is published in"),
+        (("fsck",), {}, 5, "Nothing is published in"),
+        (("maintain",), {}, 5, "Nothing is published in"),
+        (("quarantine", "list"), {}, 5, "Nothing is published in"),
+        (("quarantine", "show", "2026-11-01-13:00"), {}, 5, "Nothing is published in"),
+        (("token", "alice", "--org", "acme"), {}, 2, "--org must be a UUID"),
+        (("token", "#alice"), {}, 2, "PRINCIPAL"),
+        (("sample", "--events", "1"), {}, 3, "name an empty database"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_an_exit_code(

@@ -59,7 +59,7 @@ def deployed(directory: Path, environment: Mapping[str, str]) -> Iterator[Deploy
     """A webserver and a daemon over the workspace of this checkout, with an instance of their own in ``directory``."""
     home = directory / "dagster"
     home.mkdir()
-    shutil.copy(_ROOT / "dagster.yaml", home)
+    shutil.copy(_ROOT / "dagster.dev.yaml", home / "dagster.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

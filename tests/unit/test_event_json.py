@@ -411,7 +411,27 @@ def test_a_fraction_of_a_second_is_written_as_upstream_does(nanoseconds: int, te
     assert json.loads(events_to_json(table))["timestamp"] == text
 
 
+@pytest.mark.parametrize("texts", [pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize(
+    "times", [pa.timestamp("us", "UTC"), pa.timestamp("ns", "Europe/Paris"), pa.timestamp("us", "-05:30")], ids=str
+)
+def test_the_same_values_are_written_alike_whatever_their_type(texts: pa.DataType, times: pa.DataType) -> None:
+    events = lake_events(Window.parse("2026-11-01"), 50)
+    other = events
+    for at, field in enumerate(events.schema):
+        if field.type == pa.string() or field.name == "timestamp":
+            column = events.column(at)
+            as_dictionary = field.type == pa.string() and pa.types.is_dictionary(texts)
+            wanted = times if field.name == "timestamp" else texts
+            other = other.set_column(at, field.name, column.dictionary_encode() if as_dictionary else column.cast(wanted))
+    assert events_to_json(other) == events_to_json(events)
+
+
 def test_what_is_no_event_is_not_written() -> None:
+    events = lake_events(Window.parse("2026-11-01"), 2)
+    numbers = events.set_column(5, "data", pa.array([[1], [2]]))
+    with pytest.raises(InputError, match="needs data as string, got list"):
+        events_to_json(numbers)
     table = events_from_json(line())
     with pytest.raises(InputError, match="event_id is missing"):
         events_to_json(table.drop_columns("event_id"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -93,6 +95,32 @@ def test_rows_are_exact_only_where_whole_windows_are_read() -> None:
 def test_a_plan_ends_where_the_published_windows_end() -> None:
     assert planned(published(0, 1), START, hour(9).end).complete_through == hour(1).end
     assert planned(published(0, 1), START, hour(0).end).complete_through == hour(0).end
+
+
+def test_a_key_does_not_fall_below_the_tickets() -> None:
+    assert planned(published(0, 1), START, hour(1).end).settled_pk == 1
+    assert planned(published(0, 1), START, hour(1).end, after_pk=7).settled_pk == 7
+    assert planned(published(0, 1), hour(5).start, hour(6).end, after_pk=7).settled_pk is None
+
+
+def test_the_next_ticket_keeps_its_key_within_its_range_only() -> None:
+    def following(end: datetime) -> dict[str, object]:
+        said = planned(published(0, 1), START, end, after_pk=7).next_ticket()
+        assert said is not None
+        return json.loads(said)
+
+    assert following(hour(5).end)["after_pk"] == 7
+    assert "after_pk" not in following(hour(1).end), "what lies behind was never read"
+
+
+def test_of_a_window_that_was_published_again_an_older_version_knows_no_key() -> None:
+    again = {hour(1): replace(commit(hour(1), version=9), outcome="replaced")}
+    older = plan(
+        Ticket(start=START, end=hour(1).end), Snapshot(2, (), published(0, 1) | again, None), first=START, size=WindowSize.HOUR
+    )
+    assert older.settled_pk is None
+    assert older.provisional_windows == 1
+    assert older.rows is None
 
 
 def test_provisional_windows_of_the_range_are_counted() -> None:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fraiseql_pipeline.errors import FlightUnavailable
+from fraiseql_pipeline.flight import frames as module
 from fraiseql_pipeline.flight.frames import FrameStore, Message
+from fraiseql_pipeline.flight.presence import ClientGone, Presence
 
 
 def message(data: bytes, rows: int = 1) -> Message:
@@ -178,3 +183,182 @@ def test_a_directory_that_cannot_be_written_is_said_without_naming_it(tmp_path: 
     with FrameStore(1000, tmp_path / "file") as store, pytest.raises(FlightUnavailable, match="cannot keep frames") as error:
         store.open("a", never)
     assert str(tmp_path) not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- what somebody removed
+
+
+def kept(directory: Path) -> list[Path]:
+    """The files of entries, by number."""
+    return sorted((path for path in directory.glob("fraiseql-frames-*/*") if path.name != "lock"), key=lambda path: int(path.name))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 1)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, lambda path: shutil.rmtree(path.parent)], ids=["removed", "cut", "directory"])
+def test_what_is_not_on_the_disk_any_more_is_made_anew(store: FrameStore, tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    drained(store, "a", b"one")
+    drained(store, "b", b"two")
+    harm(kept(tmp_path)[0])
+    for _ in range(2):
+        assert drained(store, "a", b"one") == [b"one"]
+        assert drained(store, "b", b"two") == [b"two"]
+        assert drained(store, harm, b"new") == [b"new"]
+    assert store.figures().bytes == 9, "nothing is counted twice"
+    assert len(kept(tmp_path)) == 3
+
+
+def test_a_reader_whose_file_is_cut_gets_an_error_and_the_next_one_the_frames(store: FrameStore, tmp_path: Path) -> None:
+    drained(store, "a", b"one")
+    first, second = store.open("a", never), store.open("a", never)
+    cut(kept(tmp_path)[0])
+    [item] = first.items()
+    with pytest.raises(FlightUnavailable, match="read again"):
+        first.read(item)
+    assert drained(store, "a", b"one") == [b"one"], "while the other still holds it"
+    store.release(first)
+    store.release(second)
+    assert store.figures().bytes == 3
+
+
+def test_a_directory_made_again_is_nobody_elses(tmp_path: Path) -> None:
+    with FrameStore(1000, tmp_path) as store:
+        before = store.directory()
+        shutil.rmtree(before)
+        again = store.directory()
+        assert again.is_dir()
+        with FrameStore(1000, tmp_path) as other:
+            other.directory()
+            assert again.is_dir(), "another server takes it for one that is used"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ a full disk
+
+
+class Disk:
+    """Takes so many bytes of frames."""
+
+    def __init__(self, directory: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = room
+        write = os.pwrite
+
+        def tight(file: int, data: memoryview, offset: int) -> int:
+            free = self.room - sum(path.stat().st_size for path in kept(directory))
+            if free <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(file, data[:free], offset)
+
+        monkeypatch.setattr(module.os, "pwrite", tight)
+
+
+def test_on_a_full_disk_what_nobody_reads_makes_room(store: FrameStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Disk(tmp_path, 100, monkeypatch)
+    for key in range(5):
+        assert drained(store, key, b"x" * 40, b"y" * 5) == [b"x" * 40, b"y" * 5]
+        assert drained(store, key, b"never") == [b"x" * 40, b"y" * 5]
+    assert store.figures().bytes == 90
+    assert store.figures().evictions == 3
+
+
+def test_on_a_full_disk_what_is_read_stays_and_what_does_not_fit_is_an_error(
+    store: FrameStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path, 100, monkeypatch)
+    drained(store, "read", b"x" * 80)
+    entry = store.open("read", never)
+    with pytest.raises(FlightUnavailable, match="cannot keep frames"):
+        drained(store, "a", b"y" * 40)
+    assert [entry.read(item) for item in entry.items()] == [b"x" * 80]
+    store.release(entry)
+    disk.room = 1000
+    assert drained(store, "a", b"y" * 40) == [b"y" * 40]
+
+
+# ------------------------------------------------------------------------------------------------------ readers that leave
+
+
+def test_a_reader_whose_client_goes_while_it_waits_is_woken(store: FrameStore) -> None:
+    waits, allowed = threading.Event(), threading.Event()
+
+    def make() -> Iterator[Message]:
+        yield message(b"one")
+        waits.set()
+        assert allowed.wait(30)
+        yield message(b"two")
+
+    gone = Presence()
+    leaving, staying = store.open("a", make), store.open("a", never)
+
+    def read() -> None:
+        for _ in leaving.items(gone):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        assert waits.wait(30)
+        gone.leave()
+        with pytest.raises(ClientGone):
+            reading.result(30)
+        assert not allowed.is_set()
+        store.release(leaving)
+        allowed.set()
+    assert [staying.read(item) for item in staying.items()] == [b"one", b"two"]
+    store.release(staying)
+
+
+def test_what_nobody_waits_for_when_its_turn_comes_is_not_made(tmp_path: Path) -> None:
+    allowed, made = threading.Event(), []
+
+    def first() -> Iterator[Message]:
+        assert allowed.wait(30)
+        yield message(b"first")
+
+    def other(number: int) -> Iterator[Message]:
+        made.append(number)
+        yield message(b"other")
+
+    with FrameStore(1000, tmp_path, encoders=1) as store:
+        entry = store.open("first", first)
+        for number in range(50):
+            store.release(store.open(number, lambda number=number: other(number)))
+        kept_on = store.open("kept on", lambda: other(-1))
+        assert len(kept(tmp_path)) == 2, "and costs no file while it would wait"
+        allowed.set()
+        assert [kept_on.read(item) for item in kept_on.items()] == [b"other"]
+        assert made == [-1]
+        store.release(entry)
+        store.release(kept_on)
+        assert store.figures().entries == 2
+        assert len(kept(tmp_path)) == 2
+
+
+def test_closing_tells_readers_and_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.1)
+    allowed, ended = threading.Event(), threading.Event()
+
+    def hangs() -> Iterator[Message]:
+        yield message(b"one")
+        assert allowed.wait(30)
+        ended.set()
+        yield message(b"two")
+
+    store = FrameStore(1000, tmp_path, encoders=1)
+    hanging, queued = store.open("a", hangs), store.open("b", never)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: list(hanging.items()))
+        store.close()
+        with pytest.raises(FlightUnavailable, match="is stopping"):
+            reading.result(30)
+    with pytest.raises(FlightUnavailable, match="is stopping"):
+        list(queued.items())
+    store.release(hanging)
+    store.release(queued)
+    assert list(tmp_path.iterdir()) == []
+    assert not ended.is_set()
+    allowed.set()
+    store._encoders.join(30)
+    assert ended.is_set()
+    assert hanging._file == queued._file == -1

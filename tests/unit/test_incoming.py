@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pytest
 
-from fraiseql_pipeline.errors import InputError
+from fraiseql_pipeline.changelog import Appended
+from fraiseql_pipeline.errors import FlightBusy, InputError
 from fraiseql_pipeline.event import EVENT_SCHEMA
+from fraiseql_pipeline.flight import incoming as module
 from fraiseql_pipeline.flight import protocol
-from fraiseql_pipeline.flight.incoming import Incoming
+from fraiseql_pipeline.flight.edge import Call
+from fraiseql_pipeline.flight.incoming import SMALL_BYTES, Incoming, Room
+from fraiseql_pipeline.flight.limits import Running
+from fraiseql_pipeline.flight.presence import ClientGone, Presence
+from fraiseql_pipeline.flight.upload import uploads
+from fraiseql_pipeline.window import Window, WindowSize
+from tests.support.events import lake_events
 
 
 def upload(batches: int) -> list[bytes]:
@@ -19,6 +30,11 @@ def upload(batches: int) -> list[bytes]:
     with pa.ipc.new_stream(sink, EVENT_SCHEMA) as writer:
         for _ in range(batches):
             writer.write_batch(pa.RecordBatch.from_arrays([pa.array([], f.type) for f in EVENT_SCHEMA], schema=EVENT_SCHEMA))
+    return framed(sink)
+
+
+def framed(sink: pa.BufferOutputStream) -> list[bytes]:
+    """The messages of an IPC stream as a client sends them."""
     messages = pa.ipc.MessageReader.open_stream(sink.getvalue())
     return [
         protocol.FlightData(
@@ -28,51 +44,143 @@ def upload(batches: int) -> list[bytes]:
     ]
 
 
-def free(slots: threading.Semaphore) -> bool:
-    found = slots.acquire(blocking=False)
-    if found:
-        slots.release()
-    return found
+def free(room: Room) -> bool:
+    return room._free > 0
+
+
+def incoming_of(messages: Iterable[bytes], room: Room | None = None, presence: Presence | None = None) -> Incoming:
+    return Incoming(iter(messages), room or Room(), presence or Presence())
 
 
 def test_a_slot_is_held_from_a_message_to_its_answer_and_never_while_the_client_is_waited_for() -> None:
-    slots = threading.Semaphore(1)
+    room = Room(1)
     waited = []
 
-    def requests() -> object:
+    def requests() -> Iterator[bytes]:
         for message in upload(2):
-            waited.append(free(slots))
+            waited.append(free(room))
             yield message
-        waited.append(free(slots))
+        waited.append(free(room))
 
-    incoming = Incoming(requests(), slots)  # type: ignore[arg-type]
+    incoming = incoming_of(requests(), room)
     assert incoming.named() == ()
     held = []
-    for batch in incoming.batches():
+    while (batch := incoming.next_batch()) is not None:
         assert batch.schema.names == EVENT_SCHEMA.names
-        held.append(free(slots))
+        held.append(free(room))
         incoming.let_go()
-        held.append(free(slots))
+        held.append(free(room))
     assert waited == [True] * 4
     assert held == [False, True, False, True]
 
 
 def test_an_upload_that_fails_gives_its_slot_back() -> None:
-    slots = threading.Semaphore(1)
-    incoming = Incoming(iter([*upload(0), b"\xff"]), slots)
+    room = Room(1)
+    incoming = incoming_of([*upload(0), b"\xff"], room)
     incoming.named()
     with pytest.raises(InputError):
-        list(incoming.batches())
+        incoming.next_batch()
     incoming.close()
     incoming.close()
-    assert free(slots)
-    slots.acquire()
-    assert not free(slots), "given back once"
+    assert room._free == 1, "given back once"
+
+
+def test_an_upload_that_waits_for_its_turn_waits_no_longer_than_its_client() -> None:
+    room, presence = Room(1), Presence()
+    room.enter(Presence())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(incoming_of(upload(1), room, presence).named)
+        presence.leave()
+        with pytest.raises(ClientGone):
+            waiting.result(30)
+    room.leave()
+    assert room._free == 1
 
 
 def test_messages_of_metadata_alone_are_passed_over() -> None:
     schema, batch = upload(1)
     alone = protocol.FlightData(app_metadata=b"hello").SerializeToString()
-    incoming = Incoming(iter([schema, alone, batch, alone]), threading.Semaphore(1))
+    incoming = incoming_of([schema, alone, batch, alone])
     incoming.named()
-    assert [found.num_rows for found in incoming.batches()] == [0]
+    found = incoming.next_batch()
+    assert found is not None
+    assert found.num_rows == 0
+    assert incoming.next_batch() is None
+
+
+# ------------------------------------------------------------------------------------- what stays while a client is waited for
+
+
+def with_dictionary(size: int, batches: int = 1) -> list[bytes]:
+    """The messages of an upload whose ``data`` is a dictionary of so many bytes; each batch has one event."""
+    values = pa.array(["x" * size])
+    sink = pa.BufferOutputStream()
+    schema = pa.schema(
+        [pa.field(f.name, pa.dictionary(pa.int8(), pa.string()) if f.name == "data" else f.type, f.nullable) for f in EVENT_SCHEMA]
+    )
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for _ in range(batches):
+            columns = [
+                pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), values)
+                if f.name == "data"
+                else pa.array([0 if pa.types.is_timestamp(f.type) else "x"], f.type)
+                for f in EVENT_SCHEMA
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    return framed(sink)
+
+
+def test_dictionaries_of_all_uploads_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 250_000)
+    room, large, small = Room(), 100_000 + SMALL_BYTES, SMALL_BYTES // 2
+    waiting = [incoming_of(with_dictionary(large), room) for _ in range(2)]
+    for incoming in waiting:
+        incoming.named()
+        assert incoming.next_batch() is not None
+        incoming.let_go()
+    third = incoming_of(with_dictionary(large), room)
+    third.named()
+    with pytest.raises(FlightBusy, match="no more than 250000 bytes of dictionaries"):
+        third.next_batch()
+    third.close()
+    ordinary = incoming_of(with_dictionary(small, batches=3), room)
+    ordinary.named()
+    while ordinary.next_batch() is not None:
+        ordinary.let_go()
+    waiting[0].close()
+    fourth = incoming_of(with_dictionary(large), room)
+    fourth.named()
+    assert fourth.next_batch() is not None
+    for incoming in (ordinary, waiting[1], fourth):
+        incoming.close()
+    assert room._left == 250_000
+
+
+def test_nothing_of_a_batch_is_kept_once_it_is_answered() -> None:
+    held: list[weakref.ref[pa.RecordBatch]] = []
+
+    def append(events: pa.RecordBatch, producer: str) -> Appended:
+        held.append(weakref.ref(events))
+        return Appended(events.num_rows, 0)
+
+    class Asked(Call):
+        def received(self, requests: Iterator[bytes]) -> Iterator[bytes]:
+            return requests
+
+    def requests() -> Iterator[bytes]:
+        for message in (descriptor, *framed(two)):
+            assert all(batch() is None for batch in held), "while the client is waited for"
+            yield message
+
+    batch = lake_events(Window(datetime(2026, 11, 1, tzinfo=UTC), WindowSize.HOUR), 3).select(EVENT_SCHEMA.names)
+    batch = batch.set_column(6, EVENT_SCHEMA.field("user_id"), pa.nulls(3, pa.string()))
+    two = pa.BufferOutputStream()
+    with pa.ipc.new_stream(two, batch.schema) as writer:
+        for _ in range(2):
+            writer.write_table(batch)
+    named = protocol.FlightDescriptor(type=protocol.PATH, path=["events"])
+    descriptor = protocol.FlightData(flight_descriptor=named).SerializeToString()
+    call = Asked("DoPut", None)  # type: ignore[arg-type]
+    call.running = Running(None, "ada", 10.0)  # type: ignore[arg-type]
+    assert len(list(uploads(append)(requests(), call))) == 2
+    assert len(held) == 2

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fraiseql_pipeline.errors import TicketError
+from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.event import BATCH_SCHEMA
 from fraiseql_pipeline.flight import buffer as module
 from fraiseql_pipeline.flight import held as files_module
@@ -59,8 +59,23 @@ def held(buffer: Buffer, floors: dict[int, int]) -> list[tuple[int, int]]:
     return found
 
 
+class Somewhere:
+    """A place with so many things that can be removed for room."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.removable = 0
+
+    def directory(self) -> Path:
+        return self._directory
+
+    def make_room(self) -> bool:
+        self.removable -= 1
+        return self.removable >= 0
+
+
 def in_directory(directory: Path) -> HeldFiles:
-    return HeldFiles(LocalStorage(directory), lambda: directory)
+    return HeldFiles(LocalStorage(directory), Somewhere(directory))
 
 
 @pytest.fixture
@@ -176,9 +191,71 @@ def test_a_disk_that_is_full_costs_the_hour_and_not_the_server(buffer: Buffer, m
     with monkeypatch.context() as patched:
         patched.setattr(files_module, "write_file", full)
         assert sum(one.num_rows for one in buffer.absorb(events([(0, i) for i in range(200)]))) == 200
+        with pytest.raises(FlightUnavailable, match="cannot keep frames"):
+            buffer.fill(FIRST, 0, 200, [events([(0, i) for i in range(200)])])
+        buffer.absorb(events([(1, 1)], 201))
+        with pytest.raises(FlightUnavailable, match="cannot keep frames"):
+            buffer.files({FIRST + 1: 0})
     assert buffer.missing(FIRST, 0) == 200
     buffer.fill(FIRST, 0, 200, [events([(0, i) for i in range(200)])])
     assert len(held(buffer, {FIRST: 0})) == 200
+
+
+def test_what_can_be_made_again_makes_room_for_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, write = Somewhere(tmp_path), files_module.write_file
+
+    def tight(path: str, rows: pa.Table) -> None:
+        if place.removable > 0:
+            Path(path).write_bytes(b"the half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, rows)
+
+    monkeypatch.setattr(files_module, "write_file", tight)
+    buffer = Buffer(HeldFiles(LocalStorage(tmp_path), place), 1 << 30)
+    buffer.begin(0, AT)
+    buffer.absorb(events([(0, 1)]))
+    place.removable = 2
+    assert held(buffer, {FIRST: 0}) == [(FIRST * HOUR_US + 1, 1)]
+    gc.collect()
+    assert len(list(tmp_path.iterdir())) == 1, "nothing is left of the attempts"
+
+
+def test_an_hour_whose_file_somebody_removed_counts_as_missing(buffer: Buffer, tmp_path: Path) -> None:
+    both = events([(hour, i) for hour in range(2) for i in range(100)])
+    buffer.absorb(both)
+    before = held(buffer, {FIRST: 0, FIRST + 1: 0})
+    files, _, _ = buffer.files({FIRST: 0})
+    (tmp_path / Path(files[0].file.path).name).unlink()
+    with pytest.raises(FlightUnavailable, match="lost events"):
+        buffer._files.open(files[0].file.path)
+    buffer.files({FIRST: 0, FIRST + 1: 0})
+    assert buffer.missing(FIRST, 0) == 200
+    assert buffer.missing(FIRST + 1, 0) is None, "the other hour is whole"
+    with buffer.wanted([FIRST]):
+        buffer.fill(FIRST, 0, 200, [both.slice(0, 100)])
+    assert held(buffer, {FIRST: 0, FIRST + 1: 0}) == before
+
+
+def test_the_file_of_a_head_that_somebody_removed_is_written_again(buffer: Buffer, tmp_path: Path) -> None:
+    buffer.absorb(events([(0, 1)]))
+    for _ in range(2):
+        assert held(buffer, {FIRST: 0}) == [(FIRST * HOUR_US + 1, 1)]
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_files_that_are_gone_when_they_are_merged_cost_the_hour_and_not_the_turn(buffer: Buffer, tmp_path: Path) -> None:
+    pk = 1
+    while len(list(tmp_path.iterdir())) < 2:
+        buffer.absorb(events([(0, pk + i) for i in range(10)], pk))
+        pk += 10
+    for path in tmp_path.iterdir():
+        path.unlink()
+    while buffer.missing(FIRST, 0) is None:
+        assert pk < 5_000
+        buffer.absorb(events([(0, pk + i) for i in range(10)], pk))
+        pk += 10
+    assert buffer.missing(FIRST, 0) == pk - 1
 
 
 def test_unsound_events_are_left_out(buffer: Buffer) -> None:

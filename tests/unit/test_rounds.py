@@ -13,7 +13,7 @@ import pytest
 from fraiseql_pipeline.encoding import Encoding, stream_schema
 from fraiseql_pipeline.event import LAKE_SCHEMA
 from fraiseql_pipeline.flight import rounds as module
-from fraiseql_pipeline.flight.rounds import Round, Rounds
+from fraiseql_pipeline.flight.rounds import Kept, Round, Rounds
 from fraiseql_pipeline.flight.segment import Filter
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.events import TENANTS, lake_events
@@ -46,6 +46,36 @@ def test_what_is_asked_for_twice_is_encoded_once() -> None:
     schema = stream_schema((), encoding)
     assert one.entry(schema, encoding, Filter(), EVER, 1_000) is one.entry(schema, encoding, Filter(), EVER, 1_000)
     assert one.entry(schema, encoding, Filter(("Order",)), EVER, 1_000) is not one.entry(schema, encoding, Filter(), EVER, 1_000)
+
+
+def test_a_follower_whose_key_lies_within_a_round_gets_what_is_above_it() -> None:
+    events, encoding = batch(), Encoding()
+    one, schema = Round(500, (events,)), stream_schema((), encoding)
+    keys = sorted(events["pk"].to_pylist())
+
+    def asked(after_pk: int | None) -> Kept:
+        return one.entry(schema, encoding, Filter(after_pk=after_pk), EVER, 1_000)
+
+    assert sum(item.rows for item in asked(keys[199]).items()) == 300
+    assert asked(keys[0] - 1) is asked(None), "who is before it shares with all"
+
+
+@pytest.mark.parametrize("at", [datetime(1600, 1, 1, tzinfo=UTC), datetime(2300, 1, 1, tzinfo=UTC)])
+def test_times_that_nanoseconds_cannot_hold_are_left_out_where_times_are_sent_and_said(
+    at: datetime, caplog: pytest.LogCaptureFixture
+) -> None:
+    window, encoding = Window(at, WindowSize.HOUR), Encoding()
+    far = lake_events(window, 3).combine_chunks().to_batches()[0]
+    one = Round(500, (far, batch(10)) if at < WINDOW.start else (batch(10), far))
+
+    def rows(*columns: str) -> int:
+        schema = stream_schema(columns, encoding)
+        return sum(item.rows for item in one.entry(schema, encoding, Filter(), EVER, 1_000).items())
+
+    assert rows("pk", "event_id") == 13
+    assert not caplog.records
+    assert rows() == rows("timestamp") == 10
+    assert [record.getMessage()[:35] for record in caplog.records] == ["3 event(s) lie outside 1677-09-22 t"], "once"
 
 
 def test_a_round_keeps_the_messages_of_a_few_ways_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fraiseql_pipeline.errors import SettingsError
-from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.settings import Settings, unknown_variables
 from fraiseql_pipeline.window import WindowSize
 
 SECRET = "hunter2-canary"
@@ -137,12 +137,42 @@ def test_a_duration_or_share_must_be_a_finite_number_from_zero(name: str, value:
 
 def test_a_misspelt_name_in_the_file_is_an_error(tmp_path: Path) -> None:
     message = refusal(write(tmp_path, f'databse_url = "postgresql://app:{SECRET}@db/app"\nwidnow = "day"'))
-    assert message == "Settings are wrong: there is no setting 'databse_url'; there is no setting 'widnow'."
+    assert message == (
+        "Settings are wrong: there is no setting 'databse_url' (did you mean 'database_url'?); "
+        "there is no setting 'widnow' (did you mean 'window'?)."
+    )
 
 
 def test_variables_of_other_programs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRAISEQL_OBSERVER_TRANSPORT", "postgres")
     assert Settings.load() == Settings()
+    assert unknown_variables(["FRAISEQL_OBSERVER_TRANSPORT", "FRAISEQL_NATS_URL"]) == dict.fromkeys(
+        ["FRAISEQL_NATS_URL", "FRAISEQL_OBSERVER_TRANSPORT"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("FRAISEQL_DATABSE_URL", "FRAISEQL_DATABASE_URL"),
+        ("FRAISEQL_DATABASE", "FRAISEQL_DATABASE_URL"),
+        ("FRAISEQL_LAKE_URL", "FRAISEQL_LAKE_URI"),
+        ("FRAISEQL_ARROW_FLIGHT_BNID", "FRAISEQL_ARROW_FLIGHT_BIND"),
+        ("fraiseql_widnow", "FRAISEQL_WINDOW"),
+    ],
+)
+def test_a_variable_that_is_almost_a_setting_is_found(name: str, meant: str) -> None:
+    assert unknown_variables([name, meant, "FRAISEQL_TEST_DSN", "PATH"]) == {name: meant}
+
+
+@pytest.mark.parametrize("uri", ["s3:/bucket/lake", "s3:bucket", "gs:/bucket", "https:/host/path"])
+def test_a_store_with_a_slash_too_few_is_no_directory(uri: str) -> None:
+    assert "FRAISEQL_LAKE_URI must be a path, or start with" in refusal(lake_uri=uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/lake", "./lake", "/data/2026-11-01T10:00/lake", "file:///lake", "s3/lake"])
+def test_a_lake_is_a_path_or_a_store(uri: str) -> None:
+    assert Settings.load(lake_uri=uri).lake_uri == uri
 
 
 @pytest.mark.parametrize("options", ["{", "[]", "5", '{"AWS_SECRET_ACCESS_KEY": 5}', "{" + SECRET, '{"a":' * 5000, f'["{SECRET}"]'])
@@ -196,3 +226,11 @@ def test_every_setting_says_what_it_means() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert not field.description.endswith("."), name
+
+
+def test_what_a_log_prints_of_settings_holds_no_secret() -> None:
+    settings = Settings(
+        database_url=f"postgresql://app:{SECRET}@db/app", lake_options={"secret": SECRET}, arrow_flight_token=SECRET
+    )
+    assert SECRET not in repr(settings) + str(settings)
+    assert "lake_uri" in repr(settings)

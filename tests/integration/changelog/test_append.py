@@ -15,7 +15,7 @@ from fraiseql_pipeline.changelog.append import Appended, Appender
 from fraiseql_pipeline.changelog.connection import sql
 from fraiseql_pipeline.errors import InputError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import EVENT_SCHEMA
-from tests.support.events import batch_events
+from tests.support.events import TENANTS, batch_events
 from tests.support.reading import WINDOW, execute
 
 
@@ -48,8 +48,9 @@ def test_an_event_that_another_append_has_not_committed_yet_is_waited_for_and_th
     with psycopg.connect(changelog_url) as other, ThreadPoolExecutor() as pool:
         other.execute(sql("append_begin"))
         other.execute(
-            "INSERT INTO core.tb_entity_change_log (object_type, modification_type, id, created_at) VALUES ('Order', 'INSERT', %s, %s)",
-            [event["event_id"], event["timestamp"]],
+            "INSERT INTO core.tb_entity_change_log (object_type, modification_type, id, created_at, tenant_id)"
+            " VALUES ('Order', 'INSERT', %s, %s, %s)",
+            [event["event_id"], event["timestamp"], event["org_id"]],
         )
         appending = pool.submit(appender.append, batch, "test")
         appending.add_done_callback(lambda _: done.set())
@@ -66,6 +67,33 @@ def test_appending_again_changes_nothing_and_an_id_at_another_time_is_another_ev
     assert appender.append(later, "test") == Appended(500, 0)
     assert appender.append(later, "test") == Appended(0, 500)
     assert held(changelog_url) == [(1_000, 500)]
+
+
+def test_an_event_of_another_tenant_with_the_same_id_and_time_is_another_event(changelog_url: str, appender: Appender) -> None:
+    batch = events(1)
+    at = batch.schema.get_field_index("org_id")
+    for tenant in (*TENANTS[:2], None):
+        theirs = batch.set_column(at, batch.schema.field(at), pa.array([tenant], pa.string()))
+        assert appender.append(theirs, "test") == Appended(1, 0)
+        assert appender.append(theirs, "test") == Appended(0, 1)
+    assert held(changelog_url) == [(3, 1)]
+
+
+def test_closing_ends_the_append_that_runs_and_those_behind_it(changelog_url: str, appender: Appender) -> None:
+    def ends(number: int) -> str:
+        try:
+            return str(appender.append(events(1, number), "test"))
+        except SourceUnavailable as error:
+            return type(error).__name__
+
+    with psycopg.connect(changelog_url) as other, ThreadPoolExecutor() as pool:
+        other.execute(sql("append_begin"))
+        appending = [pool.submit(ends, number) for number in range(3)]
+        until_somebody_waits(changelog_url, threading.Event())
+        appender.close()
+        assert [one.result(20) for one in appending] == ["SourceUnavailable"] * 3, "while the lock is still held"
+    assert held(changelog_url) == [(0, 0)]
+    assert ends(4) == "SourceUnavailable"
 
 
 def test_events_keep_their_order(changelog_url: str, appender: Appender) -> None:

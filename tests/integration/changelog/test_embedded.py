@@ -96,25 +96,29 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
         pass
 
 
-def test_without_a_url_nothing_is_invented(short_directory: Path, monkeypatch: pytest.MonkeyPatch, now: datetime) -> None:
+def test_without_a_url_events_are_made_up_only_where_nobody_can_take_them_for_others(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch, now: datetime
+) -> None:
     monkeypatch.chdir(short_directory)
     monkeypatch.delenv("FRAISEQL_DATABASE_URL", raising=False)
+    monkeypatch.setattr("fraiseql_pipeline.changelog.fill.EMBEDDED_EVENTS", 3000)
     settings = Settings()
-    with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL is not set"), open_changelog(settings):
-        pass
+    for refused, samples in ((Settings(lake_uri="s3://bucket/lake"), True), (settings, False)):
+        with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL is not set"), open_changelog(refused, samples=samples):
+            pass
+    with monkeypatch.context() as misspelt:
+        misspelt.setenv("FRAISEQL_DATABSE_URL", "postgresql://elsewhere/db")
+        with pytest.raises(SettingsError, match="did you mean FRAISEQL_DATABASE_URL"), open_changelog(settings):
+            pass
     assert not list(short_directory.iterdir()), "asking leaves nothing behind"
-    with scratch_changelog(settings):
-        pass
-    with pytest.raises(SettingsError, match="`fraiseql-pipeline sample`"), open_changelog(settings):
-        pass
     with open_changelog(settings, create=True) as changelog:
         assert changelog.count() == 0
-    with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL is not set"), open_changelog(settings):
+    with pytest.raises(SettingsError, match="`fraiseql-pipeline sample`"), open_changelog(settings, samples=False):
         pass
-    with open_changelog(settings, create=True) as changelog:
-        write_sample(changelog, 3000, end=now)
     with open_changelog(settings) as changelog:
         assert changelog.preflight().warnings == ()
+        assert changelog.count() == 3000
+    with open_changelog(settings, samples=False) as changelog:
         assert changelog.count() == 3000
 
 

@@ -11,8 +11,10 @@ import pytest
 from assets import needs, sensors
 from assets.definitions import definitions
 from assets.resources import FraiseQL
+from fraiseql_pipeline import pipeline
+from fraiseql_pipeline.changelog import open_changelog
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import WindowSize
+from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.code_location import Location, hours, write
 
 #: Ten hours of windows, all recent: what is before the first window is not missing.
@@ -44,6 +46,7 @@ class Ticker:
     def __init__(self, location: Location) -> None:
         self.location = location
         self.cursor: str | None = None
+        self.said: str | None = None
 
     def tick(self, minutes_later: float = 1) -> list[tuple[str, str]]:
         """The first and the last window of every run that is asked for."""
@@ -55,6 +58,7 @@ class Ticker:
         told = defs.resolve_sensor_def("catch_up").evaluate_tick(context)
         self.cursor = told.cursor
         assert bool(told.run_requests) != bool(told.skip_message)
+        self.said = told.skip_message
         assert all(request.run_key is None for request in told.run_requests or ())
         assert all(request.run_config["ops"]["events"]["config"] == {"only_new": True} for request in told.run_requests or ())
         return [_span(request) for request in told.run_requests or ()]
@@ -84,8 +88,11 @@ def test_a_published_window_is_left_alone_until_an_event_comes_late(ticker: Tick
         write(changelog_url, window, 2)
     assert ticker.location.run(*DAY).success
     assert ticker.tick() == []
+    assert ticker.said == "Nothing is missing and nothing came late."
     write(changelog_url, DAY[3], 1)
     assert ticker.tick() == [("05:00", "05:00")]
+    assert ticker.tick(0) == []
+    assert ticker.said == "1 window waits for a run that was asked for, or for the next attempt."
     assert ticker.location.run(DAY[3], config={"only_new": True}).success
     assert ticker.tick() == []
     assert ticker.location.lake.published()[DAY[3]].accepted_rows == 3
@@ -123,6 +130,51 @@ def test_a_window_that_needed_many_runs_starts_afresh_with_a_new_cause(ticker: T
     assert ticker.location.run(DAY[0]).success
     write(changelog_url, DAY[0], 1)
     assert ticker.tick() == [("02:00", "02:00")]
+
+
+def test_a_window_that_cannot_be_published_does_not_hold_its_neighbours_back(
+    ticker: Ticker, changelog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRAISEQL_WINDOWS_PER_RUN", "4")
+    write(changelog_url, DAY[2], 1, broken=30)
+    for _ in range(2):
+        for first, last in ticker.tick(5):
+            ticker.location.run(*hours("2026-11-20", int(first[:2]), int(last[:2])), config={"only_new": True})
+    assert set(DAY) - ticker.location.lake.published().keys() == {DAY[2]}
+
+
+def _publish(location: Location, *windows: Window) -> None:
+    """Publish windows as the command line does, whatever partitions there are."""
+    with open_changelog(location.settings) as changelog:
+        pipeline.materialize(windows, settings=location.settings, changelog=changelog, lake=location.lake)
+
+
+def test_late_events_of_windows_that_are_no_partitions_are_a_warning_and_stop_nothing(
+    ticker: Ticker, changelog_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before_the_first = hours("2026-11-20", 1, 1)[0]
+    yesterday = Window.parse("2026-11-19")
+    for window in (before_the_first, yesterday):
+        write(changelog_url, window, 1)
+    _publish(ticker.location, before_the_first, yesterday)
+    for window in (before_the_first, yesterday):
+        write(changelog_url, window, 1)
+    assert ticker.tick() == [("02:00", "11:00")]
+    said = capfd.readouterr().err
+    assert "2 published windows that are no partitions: 2026-11-19, 2026-11-20-01:00." in said
+    assert "fraiseql-pipeline late" in said
+    assert ticker.tick(0) == []
+    assert ticker.said == (
+        "10 windows wait for a run that was asked for, or for the next attempt. "
+        "2 published windows with late events can get no run; see the warnings."
+    )
+    assert "no partitions" not in capfd.readouterr().err  # not at every tick
+
+
+def test_hours_of_a_day_that_is_published_as_one_window_are_not_missing(ticker: Ticker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAISEQL_START", "2026-11-19T05:00:00")
+    _publish(ticker.location, Window.parse("2026-11-19"))
+    assert ticker.tick() == [("00:00", "11:00")]  # of the day after
 
 
 @pytest.mark.parametrize("ranged", [False, True], ids=["one partition", "a range"])

@@ -83,6 +83,14 @@ def test_both_tables_say_what_they_are() -> None:
         assert {"event_id", "event_date"} <= {column.name for column in columns}
 
 
+def test_whatever_can_be_switched_on_says_what_it_does() -> None:
+    repository = definitions(Settings()).get_repository_def()
+    jobs = [job for job in repository.get_all_jobs() if not job.name.startswith("__")]
+    found = [*repository.schedule_defs, *repository.sensor_defs, *jobs]
+    assert {one.name for one in found} == {"each_window", "maintain_nightly", "catch_up", "maintain", "benchmarks"}
+    assert all(one.description for one in found)
+
+
 def test_a_backfill_of_events_never_runs_the_benchmarks() -> None:
     defs = definitions(Settings())
     graph = defs.resolve_asset_graph()

@@ -47,13 +47,18 @@ def test_only_what_calls_itself_retryable_is_tried_again(
     assert "hunter2" not in repr([record.event_log_entry for record in location.instance.get_records_for_run(run.run_id).records])
 
 
-def test_a_defect_after_the_commit_is_no_reason_to_try_again(location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_after_the_commit_is_told_and_hides_no_window(
+    location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("hunter" + str(2))  # a place shows source lines, never values
 
     monkeypatch.setattr(events.report, "events_of", fail)
+    write(changelog_url, MORNING[0], 10, broken=1)
     run = location.run(MORNING[0])
     assert not run.success
+    assert location.metadata()[MORNING[0].key]["dagster/partition_row_count"] == 10
+    assert location.metadata(QUARANTINE)[MORNING[0].key]["dagster/partition_row_count"] == 1
     assert _attempts(run) == 1
     assert "KeyError is a defect" in _message(run)
     assert "hunter2" not in repr([record.event_log_entry for record in location.instance.get_records_for_run(run.run_id).records])
@@ -78,7 +83,7 @@ def test_windows_before_a_failed_one_are_reported_and_the_halted_one_tells_why(l
     assert not run.success
     assert _attempts(run) == 1
     assert MORNING[2].key in _message(run)
-    assert {key: shown["dagster/row_count"] for key, shown in location.metadata().items()} == {
+    assert {key: shown["dagster/partition_row_count"] for key, shown in location.metadata().items()} == {
         MORNING[0].key: 10,
         MORNING[1].key: 10,
     }
@@ -87,6 +92,43 @@ def test_windows_before_a_failed_one_are_reported_and_the_halted_one_tells_why(l
     found = location.checks("quarantine_share")
     assert found[MORNING[0].key] == found[MORNING[1].key] == ("SUCCEEDED", True)
     assert found[MORNING[2].key] == ("FAILED", True)
+
+
+def test_a_missing_window_that_halts_fails_its_own_check_and_leaves_the_standing_ones(
+    location: Location, changelog_url: str
+) -> None:
+    standing, late, halted = MORNING[:3]
+    write(changelog_url, standing, 30)
+    write(changelog_url, late, 30)
+    assert location.run(standing, late).success
+    write(changelog_url, late, 4)
+    write(changelog_url, halted, 5, broken=30)
+    assert not location.run(standing, late, halted, config={"only_new": True}).success
+    assert {key: shown["dagster/partition_row_count"] for key, shown in location.metadata().items()} == {
+        standing.key: 30,
+        late.key: 34,
+    }
+    assert location.checks("quarantine_share") == {
+        standing.key: ("SUCCEEDED", True),
+        late.key: ("SUCCEEDED", True),
+        halted.key: ("FAILED", True),
+    }
+
+
+def test_late_events_that_halt_fail_the_check_of_their_window_and_hide_no_merge(location: Location, changelog_url: str) -> None:
+    merged, halted = MORNING[:2]
+    write(changelog_url, merged, 30)
+    write(changelog_url, halted, 30)
+    assert location.run(merged, halted).success
+    write(changelog_url, merged, 4)
+    write(changelog_url, halted, 0, broken=20)
+    assert not location.run(merged, halted, config={"only_new": True}).success
+    assert {window: commit.accepted_rows for window, commit in location.lake.published().items()} == {merged: 34, halted: 30}
+    assert {key: shown["dagster/partition_row_count"] for key, shown in location.metadata().items()} == {
+        merged.key: 34,
+        halted.key: 30,
+    }
+    assert location.checks("quarantine_share") == {merged.key: ("SUCCEEDED", True), halted.key: ("FAILED", True)}
 
 
 def test_a_run_after_a_transient_failure_reports_every_window(
@@ -106,7 +148,9 @@ def test_a_run_after_a_transient_failure_reports_every_window(
 
     monkeypatch.setattr(events.pipeline, "materialize", fail_once)
     assert location.run(*MORNING).success
-    assert {key: shown["dagster/row_count"] for key, shown in location.metadata().items()} == {window.key: 4 for window in MORNING}
+    assert {key: shown["dagster/partition_row_count"] for key, shown in location.metadata().items()} == {
+        window.key: 4 for window in MORNING
+    }
     assert location.checks("counts_add_up") == {window.key: ("SUCCEEDED", True) for window in MORNING}
 
 

@@ -44,7 +44,7 @@ def test_a_window_of_a_compacted_day_passes_its_checks_again(location: Location,
     assert location.run(YESTERYEAR[1]).success
     for name in ("counts_add_up", "schema"):
         assert location.checks(name)[YESTERYEAR[1].key] == ("SUCCEEDED", True)
-    assert location.metadata()[YESTERYEAR[1].key]["dagster/row_count"] == 5
+    assert location.metadata()[YESTERYEAR[1].key]["dagster/partition_row_count"] == 5
 
 
 def test_the_nightly_schedule_is_stopped_until_somebody_starts_it() -> None:

@@ -14,6 +14,7 @@ from fraiseql_pipeline.lake import Commit, Facts, Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.events import lake_events
+from tests.support.following import Followed, followed
 
 MIDNIGHT = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -55,6 +56,12 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., FlightServer]]:
     yield start
     for server in running:
         server.stop(0)
+
+
+@pytest.fixture
+def live(changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]) -> Iterator[Followed]:
+    with followed(changelog_url, lake, start_server) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import hmac
 import json
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,10 +29,12 @@ from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.edge import METHODS
+from fraiseql_pipeline.flight.limits import HANDSHAKES, HANDSHAKES_EACH
 from fraiseql_pipeline.flight.server import FlightServer, serve
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
+from tests.integration.flight.test_limits import eventually
 from tests.support.certificates import Authority, Pair
 from tests.support.events import TENANTS, lake_events
 
@@ -212,6 +215,9 @@ def test_a_token_is_revoked_and_added_by_an_edit_of_the_file(secured: Secured) -
     assert call(secured.channel, "GetSchema", bearer(token))[0] is grpc.StatusCode.OK
     secured.file.write_text(before + "half an edit")
     assert call(secured.channel, "GetSchema", bearer(token))[0] is grpc.StatusCode.OK, "what was read last stays in force"
+    for emptied in ("", "# tokens of the tests\n"):
+        secured.file.write_text(emptied)
+        assert call(secured.channel, "GetSchema", bearer(token))[0] is grpc.StatusCode.OK, "an edit begins so"
     secured.file.write_text(before)
     assert call(secured.channel, "GetSchema", bearer(token))[0] is grpc.StatusCode.UNAUTHENTICATED
 
@@ -261,6 +267,42 @@ def test_a_handshake_with_a_payload_works_as_well(secured: Secured) -> None:
     with flight.connect(secured.server.url) as client:
         with pytest.raises(flight.FlightUnauthenticatedError, match="is not authenticated"):
             client.authenticate(_Basic("reader", "guess"))
+
+
+def silence(until: threading.Event) -> Iterator[bytes]:
+    until.wait(30)
+    yield from ()
+
+
+def all_but_some_are_refused(handshakes: list[Any]) -> None:
+    eventually(lambda: sum(shake.is_active() for shake in handshakes) == HANDSHAKES_EACH)
+    assert {shake.code() for shake in handshakes if not shake.is_active()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+def test_silent_strangers_keep_nobody_from_logging_in(secured: Secured) -> None:
+    over = threading.Event()
+    shake = secured.channel.stream_stream(f"/{protocol.SERVICE}/Handshake")
+    # All of one address; a credential that is wrong is none.
+    strangers = [shake(silence(over), metadata=bearer("guess") if number % 2 else None) for number in range(2 * HANDSHAKES)]
+    all_but_some_are_refused(strangers)
+    with flight.connect(secured.server.url) as client:
+        assert client.authenticate_basic_token("reader", secured.reader)[0] == b"authorization"
+    over.set()
+    for stranger in strangers:
+        stranger.cancel()
+
+
+def test_a_principal_that_is_silent_keeps_no_other_from_logging_in(secured: Secured) -> None:
+    over = threading.Event()
+    shake = secured.channel.stream_stream(f"/{protocol.SERVICE}/Handshake")
+    own = [shake(silence(over), metadata=bearer(secured.reader)) for _ in range(2 * HANDSHAKES_EACH)]
+    all_but_some_are_refused(own)
+    with flight.connect(secured.server.url) as client:
+        client.authenticate(_Basic("root", secured.everything))
+        assert client.authenticate_basic_token("root", secured.everything)[0] == b"authorization"
+    over.set()
+    for call in own:
+        call.cancel()
 
 
 def test_connect_sends_its_token(secured: Secured) -> None:
@@ -336,6 +378,8 @@ def test_keys_come_from_a_jwks_file_that_may_be_rotated(
         ("\nroot:tenant-1:read:" + "a" * 64, "Line 2 of"),
         ("root:*:write:" + "a" * 64, "Line 1 of"),
         ("*:read:" + "a" * 64, "Line 1 of"),
+        ("", "has none"),
+        ("# nobody yet\n", "has none"),
     ],
 )
 def test_a_wrong_tokens_file_stops_the_start(lake: Lake, tmp_path: Path, content: str, problem: str) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -16,9 +17,11 @@ from pyarrow import flight
 
 from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import protocol
+from fraiseql_pipeline.flight import service as service_module
+from fraiseql_pipeline.flight import stream as stream_module
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import connect
-from fraiseql_pipeline.flight.limits import HANDSHAKES, Running
+from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -171,8 +174,8 @@ def test_clients_nobody_knows_cannot_hold_all_threads(
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         shake = channel.stream_stream(f"/{protocol.SERVICE}/Handshake")
         waiting = [shake(nothing()) for _ in range(50)]
-        refused = [call for call in waiting[HANDSHAKES:] if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
-        assert len(refused) >= len(waiting) - 2 * HANDSHAKES
+        eventually(lambda: sum(call.is_active() for call in waiting) == HANDSHAKES_EACH)
+        assert {call.code() for call in waiting if not call.is_active()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         with connect(server.url) as client:
             assert client.read(EVERYTHING).num_rows == ROWS
         silence.set()
@@ -218,6 +221,57 @@ def test_abandoned_streams_free_their_files_and_threads(lake_uri: str, start_ser
             eventually(lambda: in_progress(server) == 0 and open_files() == 0, 5)
         threads = sum(thread.name.startswith("flight_") for thread in threading.enumerate())
     assert threads <= Settings().arrow_flight_max_streams + 64, "the pool's threads are kept and bounded"
+
+
+def test_a_client_that_leaves_while_its_frames_are_made_frees_its_slot(
+    lake_uri: str, start_server: Callable[..., FlightServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, made = threading.Event(), []
+    read = stream_module.segments
+
+    def held_up(*asked: Any) -> Iterator[Any]:
+        made.append(asked)
+        assert allowed.wait(60)
+        return read(*asked)
+
+    monkeypatch.setattr(stream_module, "segments", held_up)
+    server = start_server(Lake(lake_uri), arrow_flight_max_streams=2)
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        get = channel.unary_stream(f"/{protocol.SERVICE}/DoGet")
+        for number in range(20):
+            ticket = json.loads(HELD) | {"limit": number + 1, "columns": ["pk", "seq", "data"][: number % 3 + 1]}
+            call = get(protocol.Ticket(ticket=json.dumps(ticket).encode()).SerializeToString())
+            next(call)  # the schema
+            call.cancel()
+            eventually(lambda: in_progress(server) == 0)
+        assert not allowed.is_set()
+        allowed.set()
+        with connect(server.url) as client:
+            assert client.read(EVERYTHING).num_rows == ROWS
+    assert len(made) <= 4, "what nobody waited for when its turn came was not begun"
+
+
+def test_planning_that_hangs_holds_up_nothing_else(
+    lake_uri: str, start_server: Callable[..., FlightServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = threading.Event()
+    decide = service_module.plan
+
+    def held_up(*asked: Any, **how: Any) -> Any:
+        assert allowed.wait(60)
+        return decide(*asked, **how)
+
+    monkeypatch.setattr(service_module, "plan", held_up)
+    server = start_server(Lake(lake_uri), arrow_flight_max_streams=2)
+    request = protocol.FlightDescriptor(type=protocol.CMD, cmd=HELD.encode()).SerializeToString()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        plans = [channel.unary_unary(f"/{protocol.SERVICE}/GetFlightInfo").future(request) for _ in range(100)]
+        eventually(lambda: sum(plan.done() for plan in plans) == 98)
+        assert {plan.code() for plan in plans if plan.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert channel.unary_unary(f"/{protocol.HEALTH_SERVICE}/Check")(b"", timeout=30)
+        assert list(channel.unary_stream(f"/{protocol.SERVICE}/ListActions")(b"", timeout=30))
+        allowed.set()
+        assert sum(plan.code() is grpc.StatusCode.OK for plan in plans) == 2
 
 
 def test_a_client_cancels_its_own_streams_only(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:

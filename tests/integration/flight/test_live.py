@@ -7,19 +7,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
-import pyarrow as pa
 import pytest
 
 from fraiseql_pipeline import connect, pipeline
 from fraiseql_pipeline.changelog import ChangeLog
 from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import follow as following_module
-from fraiseql_pipeline.flight.client import Client, Stream
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -27,63 +24,9 @@ from fraiseql_pipeline.window import Window, WindowSize, as_utc
 from tests.end_to_end.test_completeness import FastClock, publish
 from tests.integration.flight.conftest import publish as publish_from_elsewhere
 from tests.support.events import lake_events
+from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, eventually, followed
 from tests.support.reading import execute, insert
 from tests.support.writers import Writers
-
-HOUR = timedelta(hours=1)
-#: An hour that has ended, with the two before it.
-LAST = Window.holding(datetime.now(UTC) - HOUR, WindowSize.HOUR).start
-KEYS = ("pk", "timestamp", "event_id")
-
-
-class Followed:
-    """A server over a fresh lake that follows a change log, and everything a test does to the three."""
-
-    def __init__(self, url: str, settings: Settings, lake: Lake, server: FlightServer, client: Client, log: ChangeLog) -> None:
-        self.url, self.settings, self.lake, self.server, self.client, self.log = url, settings, lake, server, client, log
-
-    def write(self, at: datetime, rows: int = 1, **values: Any) -> list[int]:
-        return [insert(self.url, created_at=at + n * timedelta(milliseconds=1), **values) for n in range(rows)]
-
-    def materialize(self, *windows: datetime) -> None:
-        chosen = [Window(start, WindowSize.HOUR) for start in windows]
-        pipeline.materialize(chosen, settings=self.settings, changelog=self.log, lake=self.lake)
-
-    def reaches(self, pk: int) -> None:
-        """Wait until the server serves the events up to a key."""
-        live = self.server._service.live
-        assert live is not None
-        eventually(lambda: live.up and live.buffer.settled_pk >= pk)
-
-    def keys(self, start: datetime | str = LAST - 3 * HOUR, **asked: Any) -> list[int]:
-        return self.client.read(start=start, columns=KEYS, **asked)["pk"].to_pylist()
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
-
-
-@contextmanager
-def followed(url: str, lake: Lake, start_server: Callable[..., FlightServer], **chosen: Any) -> Iterator[Followed]:
-    settings = Settings(database_url=url, lake_uri=lake.uri, start=LAST - 48 * HOUR, seal_timeout_seconds=0)
-    server = start_server(lake, **{"database_url": url, "start": settings.start, **chosen})
-    log = ChangeLog(url, settings)
-    try:
-        with connect(server.url) as client:
-            made = Followed(url, settings, lake, server, client, log)
-            made.reaches(0)
-            yield made
-    finally:
-        log.close()
-
-
-@pytest.fixture
-def live(changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]) -> Iterator[Followed]:
-    with followed(changelog_url, lake, start_server) as made:
-        yield made
 
 
 def test_events_are_readable_when_they_have_settled_and_once_they_are_published(live: Followed) -> None:
@@ -253,31 +196,6 @@ def test_without_its_database_the_server_serves_the_lake_and_says_so(live: Follo
 
 
 # --------------------------------------------------------------------------------------------------------------- follow
-
-
-class Follower:
-    """Reads a stream that goes on, on a thread."""
-
-    def __init__(self, client: Client, **asked: Any) -> None:
-        self.stream: Stream = client.stream(**{"start": "now", "columns": KEYS, "follow": True, **asked})
-        self.batches: list[pa.RecordBatch] = []
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    @property
-    def keys(self) -> list[int]:
-        return [pk for batch in self.batches for pk in batch["pk"].to_pylist()]
-
-    def _read(self) -> None:
-        try:
-            self.batches.extend(self.stream)
-        except Exception as error:
-            self.error = error
-
-    def ended(self) -> None:
-        self._thread.join(30)
-        assert not self._thread.is_alive()
 
 
 def test_a_follower_gets_the_past_and_then_every_event_as_it_settles(live: Followed) -> None:

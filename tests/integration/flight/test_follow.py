@@ -1,0 +1,124 @@
+"""Streams that go on: keys that another server reached, events that few want, and events that nobody can be sent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fraiseql_pipeline.errors import FlightUnavailable
+from fraiseql_pipeline.flight import follow as module
+from tests.support.following import HOUR, Followed, Follower, eventually
+
+
+def test_a_follower_gets_nothing_up_to_the_key_it_has(live: Followed) -> None:
+    before = live.write(datetime.now(UTC), 2)
+    live.reaches(before[-1])
+    reached = before[-1] + 3  # on another server
+    one = Follower(live.client, after_pk=reached)
+    later = live.write(datetime.now(UTC), 5)
+    eventually(lambda: one.stream.settled_pk == later[-1])
+    assert one.keys == [pk for pk in later if pk > reached]
+    one.stream.close()
+    one.ended()
+
+
+def test_a_key_that_the_log_does_not_come_to_is_told(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BEHIND_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
+    live.reaches(live.write(datetime.now(UTC))[-1])
+    one = Follower(live.client, after_pk=10**9)
+    one.ended()
+    assert isinstance(one.error, FlightUnavailable)
+    assert "has not come to the key 1000000000 here" in str(one.error)
+
+
+def test_a_follower_gets_what_is_ahead_of_the_clock_once(live: Followed) -> None:
+    past = live.write(datetime.now(UTC) + 2 * HOUR)
+    live.reaches(past[-1])
+    one = Follower(live.client)
+    eventually(lambda: one.keys == past)
+    past += live.write(datetime.now(UTC) + 2 * HOUR)
+    eventually(lambda: one.keys == past)
+    one.stream.close()
+    one.ended()
+
+
+@contextmanager
+def busy(live: Followed) -> Iterator[list[int]]:
+    """Events of a type nobody asks for, one after the other; their keys."""
+    over, written = threading.Event(), []
+
+    def write() -> None:
+        while not over.is_set():
+            written.extend(live.write(datetime.now(UTC), object_type="Often"))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield written
+    finally:
+        over.set()
+        writer.join()
+
+
+def test_a_follower_of_what_is_rare_is_told_how_far_it_is_while_others_events_settle(
+    live: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    one = Follower(live.client, entity_types=["Rare"])
+    eventually(lambda: one.stream.settled_pk is not None)
+    with busy(live) as written:
+        eventually(lambda: len(written) > 1)
+        eventually(lambda: (one.stream.settled_pk or 0) >= written[0])
+    one.stream.close()
+    one.ended()
+
+
+def test_a_stream_that_follows_up_to_a_time_has_all_that_settled_before_it_ended(
+    live: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock passes the end while a turn is sent: what settled meanwhile is sent still."""
+    end = datetime.now(UTC) + HOUR
+    gate = threading.Event()
+    turn, reached = module._turn, live.service.buffer.reached
+
+    def held_up(*arguments: Any) -> Iterator[bytes]:
+        gate.wait(30)
+        return turn(*arguments)
+
+    monkeypatch.setattr(module, "_turn", held_up)
+    one = Follower(live.client, end=end)
+    eventually(lambda: one.stream.settled_pk is not None)
+    written = live.write(datetime.now(UTC))
+    live.reaches(written[-1])
+    written += live.write(datetime.now(UTC))
+    live.reaches(written[-1])
+    monkeypatch.setattr(live.service.buffer, "reached", lambda settled_pk, _: reached(settled_pk, end))
+    eventually(lambda: live.service.buffer.settled_at == end)
+    gate.set()
+    one.ended()
+    assert one.error is None
+    assert one.keys == written
+    assert one.stream.receipt is not None
+    assert one.stream.receipt.complete_through == end
+
+
+def test_an_event_that_nanoseconds_cannot_hold_ends_no_stream(live: Followed) -> None:
+    plain, keys = Follower(live.client), Follower(live.client, columns=["pk"])
+    first = live.write(datetime.now(UTC))
+    eventually(lambda: plain.keys == keys.keys == first)
+    far = live.write(datetime(2300, 1, 1, tzinfo=UTC))
+    live.reaches(far[-1])
+    later = live.write(datetime.now(UTC))
+    eventually(lambda: keys.keys == [*first, *far, *later])
+    eventually(lambda: plain.keys == [*first, *later])
+    for one in (plain, keys):
+        assert one.error is None
+        one.stream.close()
+        one.ended()
