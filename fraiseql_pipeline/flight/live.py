@@ -47,7 +47,7 @@ _TELL_SECONDS = 1.0
 _FILLED_AHEAD = timedelta(days=1)
 #: How long a reader waits for the buffer to be where the lake is already, nearly always one look; and for its turn to ask Postgres.
 _CATCH_UP_SECONDS = 10.0
-#: Readers that wait so at a time: fewer than the threads a server has beside those of its streams (36).
+#: Readers that wait so at a time: half the plans a server makes at once (64), so that who needs nothing of Postgres gets his.
 _MAX_WAITING = 32
 #: What the end waits for the following thread, which looks up every ``POLL_SECONDS`` where its database answers.
 _CLOSE_SECONDS = 2.0

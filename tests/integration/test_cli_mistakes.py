@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from fraiseql_pipeline.changelog import embedded
 from fraiseql_pipeline.cli import flight, main
 from fraiseql_pipeline.flight.server import serve
-from fraiseql_pipeline.flight.workers import Started
+from fraiseql_pipeline.flight.workers import Started, log_to_stderr
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, tile
@@ -347,7 +347,7 @@ def test_serve_says_what_it_does_without_a_change_log(run: Run, monkeypatch: pyt
 
 def test_a_line_of_the_servers_log_begins_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
-    flight._log_to_stderr()
+    log_to_stderr()
     record = logging.LogRecord("flight", logging.WARNING, "", 0, "live events stop", (), None)
     record.created = 1_767_225_600.25
     record.msecs = 250
