@@ -1,7 +1,7 @@
 """One entry of a table's log: what a commit adds, removes and states.
 
-What lives here: ``File``, ``Entry``, and its two ways into a log: as text for local disks, through delta-rs for object stores. What must not:
-which version it becomes, and what happens when another writer has taken it (``table.py``).
+What lives here: ``File``, ``Entry``, its two ways into a log (as text for local disks, through delta-rs for object stores) and the way out of
+one. What must not: which version it becomes, and what happens when another writer has taken it (``table.py``).
 
 Source of the format: the Delta protocol, "Actions" (https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions); reader 1, writer 2.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 
+from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.lake.facts import KEY
 from fraiseql_pipeline.lake.parquet import NewFile
 
@@ -114,3 +115,22 @@ class Entry:
             ),
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
         )
+
+
+def actions_of(table: str, version: int, text: bytes) -> list[dict[str, Any]]:
+    """The actions of one entry; an empty or half-written one is damage."""
+    try:
+        actions = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if actions and all(isinstance(a, dict) for a in actions):
+            return actions
+    except ValueError:
+        pass
+    raise LakeDamaged(f"Entry {version} of the log of {table} is empty or torn; run fsck, which tells how to repair it.")
+
+
+def first_actions_of(table: str, version: int, text: bytes) -> list[dict[str, Any]]:
+    """The first action of an entry, where every writer puts ``commitInfo``; all of them if it is another one."""
+    line, _, _ = text.partition(b"\n")
+    if line.startswith(b'{"commitInfo"'):
+        return actions_of(table, version, line)
+    return actions_of(table, version, text)

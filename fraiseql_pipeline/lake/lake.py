@@ -19,10 +19,11 @@ from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
 from fraiseql_pipeline.lake.fsck import examine
 from fraiseql_pipeline.lake.maintenance import Maintenance, maintain
 from fraiseql_pipeline.lake.publish import Publisher
+from fraiseql_pipeline.lake.published import current
 from fraiseql_pipeline.lake.read import Snapshot, read_rejected
 from fraiseql_pipeline.lake.staging import Staged
 from fraiseql_pipeline.lake.storage import storage_errors, storage_for
-from fraiseql_pipeline.lake.table import Table, current, micros
+from fraiseql_pipeline.lake.table import Table, micros
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, as_utc, tile
 

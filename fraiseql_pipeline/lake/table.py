@@ -22,22 +22,21 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from fraiseql_pipeline.errors import LakeDamaged, LakeError, LakeUnavailable, WindowError
-from fraiseql_pipeline.lake.entry import PARTITION, Entry, File
-from fraiseql_pipeline.lake.facts import KEY, Commit
+from fraiseql_pipeline.errors import LakeDamaged, LakeError, LakeUnavailable
+from fraiseql_pipeline.lake.entry import PARTITION, Entry, File, actions_of
+from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import LOGGED, NewFile, parse_log_time
+from fraiseql_pipeline.lake.published import Published
 from fraiseql_pipeline.lake.storage import LOG, LocalStorage, ObjectStorage, entry_name, storage_errors
-from fraiseql_pipeline.window import Window, WindowSize
+from fraiseql_pipeline.window import Window
 
 #: Log entries stay: they hold the windows' commits, and time travel. Statistics for foreign writers: none on the JSON columns.
 CONFIGURATION = {
@@ -46,9 +45,6 @@ CONFIGURATION = {
     "delta.enableExpiredLogCleanup": "false",
     "delta.deletedFileRetentionDuration": "interval 7 days",
 }
-#: Windows' entries that ``newest`` looks at, beside those after the checkpoint. A run of 40 windows spent 22 ms on each where the lake had
-#: 10,000 and all of their entries were read, and 8 where it had 10; now as much in both.
-_LATEST_ENTRIES = 32
 _SECOND = 1_000_000
 
 
@@ -69,11 +65,7 @@ class Table:
         self._opened: DeltaTable | None = None
         self._files: dict[str, dict[str, File]] | None = None  # date → path → file; loaded when first asked for
         self._unapplied: list[list[dict[str, Any]]] = []  # entries followed while ``_files`` is not loaded
-        self._windows: dict[str, Commit] = {}
-        self._followed_from = 0  # entries from this version on are in ``_windows``; older ones when ``_complete``
-        self._complete = False
-        self._pointers: dict[str, int] | None = None
-        self._published: tuple[int, dict[Window, Commit]] | None = None
+        self._known = Published(storage, name)
 
     # ------------------------------------------------------------------------------------------------------------- following
 
@@ -85,7 +77,7 @@ class Table:
         """Bring the state to the newest entry; ``False`` if there is no such table (and ``create`` was not asked)."""
         with self.lock, storage_errors(f"reading the log of {self.name}"):
             if self.exists and self.storage.stamp(entry_name(self.version)) != self._stamp:
-                self.version = -1
+                self.version, self._known = -1, Published(self.storage, self.name)
             if not self.exists and not self._load(create):
                 return False
             while (text := self.storage.read(entry_name(self.version + 1))) is not None:
@@ -107,20 +99,17 @@ class Table:
         self._check(opened)
         self._opened = opened
         version = opened.version()
-        self._files = self._pointers = None
+        self._files = None
         self._unapplied.clear()
         self.checkpoint_version = self._read_checkpoint_version()
-        self._windows.clear()
-        self._complete = False
-        self._published = None
         # delta-rs takes an empty entry for one without actions, so the entries after the checkpoint are read here once more.
         first = max(self.checkpoint_version + 1, 0)
+        self._known.begin(first, opened)
         for at in range(first, version + 1):
             text = self.storage.read(entry_name(at))
             if text is None:
                 raise LakeDamaged(f"Entry {at} of the log of {self.name} is missing; fsck tells what to do.")
-            self._note_window(at, _actions(self.name, at, text))
-        self._followed_from = first
+            self._known.note(at, actions_of(self.name, at, text))
         self._reach(version)
         return True
 
@@ -151,7 +140,7 @@ class Table:
                 ) from None
         at += 1
         while (text := self.storage.read(entry_name(at))) is not None:
-            _actions(self.name, at, text)
+            actions_of(self.name, at, text)
             at += 1
 
     def _create(self) -> None:
@@ -240,7 +229,7 @@ class Table:
             return -1
 
     def _apply(self, version: int, text: bytes) -> None:
-        actions = _actions(self.name, version, text)
+        actions = actions_of(self.name, version, text)
         for action in actions:
             if "metaData" in action or "protocol" in action:  # somebody altered the table: look at it as a stranger would
                 self.version = -1
@@ -250,7 +239,7 @@ class Table:
             self._unapplied.append(actions)
         else:
             self._apply_files(self._files, actions)
-        self._note_window(version, actions)
+        self._known.note(version, actions)
         self._reach(version)
 
     # ----------------------------------------------------------------------------------------------------------------- files
@@ -307,110 +296,22 @@ class Table:
             first, last = _key_start(low), _key_start(high)
         return File(add["path"], add["partitionValues"][PARTITION], add["size"], stats.get("numRecords"), first, last)
 
-    def _note_window(self, version: int, actions: Sequence[Mapping[str, Any]]) -> None:
-        info = next((a["commitInfo"] for a in actions if "commitInfo" in a), None)
-        stated = info.get(KEY) if info else None
-        if info is None or not isinstance(stated, dict) or "window" not in stated:
-            return
-        try:
-            commit = Commit.from_json(stated, version, info["timestamp"])
-        except (KeyError, ValueError, WindowError):
-            raise LakeDamaged(
-                f"Entry {version} of the log of {self.name} names a window in a way this version cannot read."
-            ) from None
-        self._windows[commit.window.key] = commit
-
     # --------------------------------------------------------------------------------------------------------------- windows
 
     def window(self, window: Window) -> Commit | None:
-        """The newest commit of one window, without reading the whole log: its transaction id in the table points at the entry."""
+        """The newest commit of one window, without reading the whole log."""
         with self.lock:
-            if (known := self._windows.get(window.key)) is not None or self._complete or self._opened is None:
-                return known
-            pointer = self._pointer(window)
-            if pointer is None or pointer >= self._followed_from:
-                return None
-            self._read_entries([pointer])
-            return self._windows.get(window.key)
-
-    def _pointer(self, window: Window) -> int | None:
-        """The log entry of a window's newest commit up to the checkpoint."""
-        if self._pointers is None:
-            self._pointers = self._read_pointers()
-        if self._pointers is not None:
-            return self._pointers.get(self.app_id(window))
-        assert self._opened is not None
-        return self._opened.transaction_version(self.app_id(window))
-
-    def _read_pointers(self) -> dict[str, int] | None:
-        """Every transaction id in the checkpoint with its version, at once; ``None`` for a checkpoint in another form than delta-rs's.
-
-        delta-rs answers for one id only, by reading all of them (3 ms at 10,000 windows).
-        """
-        if self._followed_from == 0:
-            return {}
-        name = f"{LOG}/{self._followed_from - 1:020d}.checkpoint.parquet"
-        try:
-            with pq.ParquetFile(self.storage.open(name)) as checkpoint:
-                found = checkpoint.read(columns=["txn.appId", "txn.version"])["txn"].combine_chunks()
-        except (OSError, KeyError, pa.ArrowException):
-            return None
-        ids, versions = (pc.struct_field(found, part).to_pylist() for part in ("appId", "version"))
-        return {i: v for i, v in zip(ids, versions, strict=True) if i is not None}
-
-    def windows(self) -> dict[str, Commit]:
-        """The newest commit of every window, by key. The first call reads the whole log, later ones nothing but what is new."""
-        with self.lock:
-            if not self._complete and self.exists:
-                newer, self._windows = self._windows, {}
-                self._read_entries(self._pointed())
-                self._windows.update(newer)
-                self._complete = True
-            return self._windows
+            return self._known.of(window)
 
     def published(self) -> dict[Window, Commit]:
         """The newest commit of every window, oldest window first, without hours that a later commit of their day replaced."""
         with self.lock:
-            if self._published is None or self._published[0] != self.version:
-                self._published = self.version, current(self.windows())
-            return self._published[1]
+            return self._known.current()
 
     def newest(self) -> Commit | None:
         """The latest commit of a window. What was published before it, perhaps from a source that has been restored since, says nothing."""
         with self.lock:
-            if not self._complete and self.exists:
-                newer = dict(self._windows)
-                self._read_entries(self._pointed()[-_LATEST_ENTRIES:])
-                self._windows.update(newer)
-            return max(self._windows.values(), key=lambda commit: commit.table_version, default=None)
-
-    def _pointed(self) -> Sequence[int]:
-        """The entries before ``_followed_from`` that are some window's newest; all of them if the checkpoint does not tell."""
-        if self._pointers is None:
-            self._pointers = self._read_pointers()
-        if self._pointers is None:
-            return range(self._followed_from)
-        mine = f"fraiseql/{self.name}/"
-        return sorted(v for i, v in self._pointers.items() if i.startswith(mine) and v < self._followed_from)
-
-    def _read_entries(self, versions: Sequence[int]) -> None:
-        def read(version: int) -> bytes | None:
-            return self.storage.read(entry_name(version))
-
-        with storage_errors(f"reading the log of {self.name}"):
-            if self.storage.local or len(versions) < 4:
-                texts: Iterable[bytes | None] = map(read, versions)
-            else:
-                with ThreadPoolExecutor(32) as pool:
-                    texts = list(pool.map(read, versions))
-            for version, text in zip(versions, texts, strict=True):
-                if text is None:
-                    raise LakeDamaged(f"Entry {version} of the log of {self.name} is missing; fsck tells what to do.")
-                self._note_window(version, _first_actions(self.name, version, text))
-
-    def app_id(self, window: Window) -> str:
-        """The transaction id of a window; its version is the log entry that published it."""
-        return f"fraiseql/{self.name}/{window.key}"
+            return self._known.newest()
 
     # ------------------------------------------------------------------------------------------------------------ committing
 
@@ -426,7 +327,7 @@ class Table:
         """Add one entry as version + 1; returns the version, or ``None`` if another writer took it. The state then includes it."""
         with self.lock:
             version = self.version + 1
-            entry = Entry(adds, removes, stated, None if window is None else self.app_id(window), data_change)
+            entry = Entry(adds, removes, stated, None if window is None else self._known.app_id(window), data_change)
             if isinstance(self.storage, LocalStorage):
                 with storage_errors(f"committing to {self.name}"):
                     done = self.storage.link_entry(version, entry.text(version))
@@ -489,25 +390,6 @@ class Table:
             self.storage.sync_log([name, f"{LOG}/_last_checkpoint"])
 
 
-def _actions(table: str, version: int, text: bytes) -> list[dict[str, Any]]:
-    """The actions of one entry; an empty or half-written one is damage."""
-    try:
-        actions = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if actions and all(isinstance(a, dict) for a in actions):
-            return actions
-    except ValueError:
-        pass
-    raise LakeDamaged(f"Entry {version} of the log of {table} is empty or torn; run fsck, which tells how to repair it.")
-
-
-def _first_actions(table: str, version: int, text: bytes) -> list[dict[str, Any]]:
-    """The first action of an entry, where every writer puts ``commitInfo``; all of them if it is another one."""
-    line, _, _ = text.partition(b"\n")
-    if line.startswith(b'{"commitInfo"'):
-        return _actions(table, version, line)
-    return _actions(table, version, text)
-
-
 def _same(stored: tuple[pa.DataType, bool] | None, field: pa.Field) -> bool:
     if stored is None:
         return False
@@ -528,13 +410,3 @@ def micros(window: Window) -> tuple[int, int]:
     """[start, end) of a window in microseconds since 1970."""
     start = int(window.start.timestamp()) * _SECOND
     return start, start + window.size.duration // timedelta(microseconds=1)
-
-
-def current(found: Mapping[str, Commit]) -> dict[Window, Commit]:
-    """Commits by window, oldest first, without the hours that a later commit of their day replaced."""
-    days = {key: commit.table_version for key, commit in found.items() if commit.window.size is WindowSize.DAY}
-    return {
-        commit.window: commit
-        for key, commit in sorted(found.items())
-        if commit.window.size is WindowSize.DAY or commit.table_version > days.get(key[:10], -1)
-    }
