@@ -25,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fraiseql_pipeline.benchmark_cases import publish_empty
+from fraiseql_pipeline.benchmark_cases import publish_empty, write_event_json
 from fraiseql_pipeline.errors import PipelineError
 from fraiseql_pipeline.window import Window, WindowSize
 
@@ -138,11 +138,14 @@ def windows(
 
 def conversion(database_url: str, day: Window, rows: int, *, rounds: int = 3, tell: Told = lambda _: None) -> Report:
     """Event JSON of one day's events into the eight columns: ours against the standard library's ``json`` and pyarrow."""
-    measured = _rounds(("json_ours", "json_plain"), {"url": database_url, "day": day.key}, rounds, tell)
+    cases = ("json_ours", "json_plain")
+    with tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
+        lines = write_event_json(database_url, Path(directory), day)
+        measured = _rounds(cases, {"lines": str(lines)}, rounds, tell)
     return Report(
         "convert",
         rows,
-        (_result(measured, "json_ours", "rate", "events/s"), _result(measured, "json_plain", "rate", "events/s")),
+        tuple(_result(measured, case, metric, "events/s") for metric in ("rate", "first_rate") for case in cases),
         (
             Ratio("event JSON to Arrow in events/s", _median(measured["json_ours"].get("rate")), 1_000_000),
             Ratio("events/s, ours / json.loads + pyarrow", _over(measured, "json_ours", "json_plain"), 4),

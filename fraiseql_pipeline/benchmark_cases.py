@@ -168,35 +168,56 @@ def _events_of_day(arguments: Mapping[str, Any], at: Path) -> pa.Table:
     return pa.Table.from_batches(lake.read(day.start, day.end, columns=EVENT_SCHEMA.names), EVENT_SCHEMA).cast(WIRE_SCHEMA)
 
 
-def _case_json_ours(arguments: Mapping[str, Any], at: Path) -> dict[str, float]:
-    from fraiseql_pipeline.event_json import events_from_json, events_to_json
+def write_event_json(database_url: str, at: Path, day: Window) -> Path:
+    """A file of the day's events as event JSON, one per line."""
+    from fraiseql_pipeline.event_json import events_to_json
 
-    lines = events_to_json(_events_of_day(arguments, at))
-    events_from_json(lines[: lines.index(b"\n")])  # loads what the libraries load late
-    began = time.perf_counter()
-    rows = events_from_json(lines).num_rows
-    return {"rate": rows / (time.perf_counter() - began)}
+    file = at / "events.jsonl"
+    file.write_bytes(events_to_json(_events_of_day({"url": database_url, "day": day.key}, at)))
+    return file
+
+
+def _case_json_ours(arguments: Mapping[str, Any], at: Path) -> dict[str, float]:
+    del at
+    from fraiseql_pipeline.event_json import events_from_json
+
+    return _conversion_rates(arguments, events_from_json)
 
 
 def _case_json_plain(arguments: Mapping[str, Any], at: Path) -> dict[str, float]:
+    del at
     from fraiseql_pipeline.event import WIRE_SCHEMA
-    from fraiseql_pipeline.event_json import KINDS, events_to_json
+    from fraiseql_pipeline.event_json import KINDS
 
-    lines = events_to_json(_events_of_day(arguments, at))
-    began = time.perf_counter()
-    events = []
-    for line in lines.splitlines():
-        event = json.loads(line)
-        event |= {
-            "event_id": event["id"],
-            "event_type": KINDS[event["event_type"]],
-            "timestamp": datetime.fromisoformat(event["timestamp"]),
-            "data": json.dumps(event["data"]),
-            "org_id": event["tenant_id"],
-        }
-        events.append(event)
-    rows = pa.Table.from_pylist(events, WIRE_SCHEMA).num_rows
-    return {"rate": rows / (time.perf_counter() - began)}
+    def convert(lines: bytes) -> pa.Table:
+        events = []
+        for line in lines.splitlines():
+            event = json.loads(line)
+            event |= {
+                "event_id": event["id"],
+                "event_type": KINDS[event["event_type"]],
+                "timestamp": datetime.fromisoformat(event["timestamp"]),
+                "data": json.dumps(event["data"]),
+                "org_id": event["tenant_id"],
+            }
+            events.append(event)
+        return pa.Table.from_pylist(events, WIRE_SCHEMA)
+
+    return _conversion_rates(arguments, convert)
+
+
+def _conversion_rates(arguments: Mapping[str, Any], convert: Callable[[bytes], pa.Table]) -> dict[str, float]:
+    """Twice the same lines. The first time the process gets its memory from the system, which costs a small machine a quarter of the rate;
+    a process that converts one file after the other does that once.
+    """
+    lines = Path(arguments["lines"]).read_bytes()
+    convert(lines[: lines.index(b"\n")])  # loads what the libraries load late
+    rates = []
+    for _ in range(2):
+        began = time.perf_counter()
+        rows = convert(lines).num_rows
+        rates.append(rows / (time.perf_counter() - began))
+    return {"first_rate": rates[0], "rate": rates[1]}
 
 
 def _case_flight_ours(arguments: Mapping[str, Any], at: Path) -> dict[str, float]:

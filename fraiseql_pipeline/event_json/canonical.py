@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fraiseql_pipeline.event import UUID_PATTERN
-from fraiseql_pipeline.event_json.kinds import KINDS, contents, timestamps
+from fraiseql_pipeline.event_json.kinds import KINDS, timestamps
 
 _Places: TypeAlias = npt.NDArray[np.int32]
 _Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -52,6 +52,11 @@ _BEFORE_TIME = ',"timestamp":"'
 _BEFORE_NUMBERS = '","duration_ms":'
 _BEFORE_ACTOR = ',"actor_type":'
 _UUID_BYTES = 36
+
+#: Keys that are pieces of their own, which nothing looks at again.
+_CUT_OUT = {_BEFORE_CHANGES, _BEFORE_TIME}
+#: Octets that are compared at once.
+_WORD = 8
 
 #: Lines that are looked at to learn how far apart the keys stand, and how far from each other they are looked for there.
 _LOOKED_AT, _NEAR = 32, 512
@@ -142,7 +147,7 @@ def _canonical(text: pa.Buffer, starts: _Places, ends: _Places, schema: pa.Schem
         & user_fits
         & tenant_fits
         & rest_fits
-        & _mask(pc.match_substring_regex(piece("numbers"), _NUMBERS))
+        & _alike(piece("numbers"), _NUMBERS)
         & _objects_or_null(text, cuts["data"], cuts["before_changes"])
         & (~changed | _objects_or_null(text, cuts["changes"], cuts["user"]))
     )
@@ -198,15 +203,18 @@ def _distances(text: pa.Buffer, anchors: _Places, way: int, wanted: bytes) -> li
 def _usual(text: pa.Buffer, anchors: _Places, way: int, wanted: str) -> _Places:
     """Where a text stands before (``way`` -1) or behind (+1) each anchor, if at a distance at which it stands in other lines too; else -1.
 
-    It need not be the place that was meant, nor in the same line: what lies between the cuts is checked.
+    It need not be the place that was meant, nor in the same line: what lies between the cuts is checked. So is the text itself where it
+    is part of a piece, and then its end is enough for a guess.
     """
     sought, left = wanted.encode(), np.flatnonzero(anchors >= 0)
+    told = sought if wanted in _CUT_OUT else sought[-_WORD:]
+    ahead = np.int32(len(sought) - len(told))
     places, before = np.full(len(anchors), -1, np.int32), 2 * len(left)
     while 0 < len(left) <= before // 2:
         before = len(left)
         for distance in _distances(text, anchors[left], way, sought):
             at = anchors[left] + np.int32(distance)
-            there = _stands(text, at, sought)
+            there = _stands(text, at + ahead, told)
             places[left[there]] = at[there]
             left = left[~there]
             if not len(left):
@@ -231,7 +239,7 @@ def _pieces(text: pa.Buffer, places: npt.NDArray[np.int32]) -> pa.Array:
 
 def _stands(text: pa.Buffer, at: _Places, wanted: bytes) -> _Mask:
     """Whether ``wanted`` stands at each place. It is compared in words of up to eight octets, of which the last may overlap the one before."""
-    width = 1 << min(3, len(wanted).bit_length() - 1)
+    width = min(_WORD, 1 << (len(wanted).bit_length() - 1))
     there = np.asarray((at >= 0) & (at <= len(text) - len(wanted)))
     if not there.any():
         return there
@@ -268,6 +276,14 @@ def _matched(values: pa.Array, pattern: str, *columns: Callable[[pa.Array], pa.A
     groups = pc.extract_regex(encoded.dictionary, pattern)
     made = [column(group) for column, group in zip(columns, groups.flatten(), strict=False)]
     return _mask(groups.is_valid())[encoded.indices.to_numpy()], [column.take(encoded.indices) for column in made]
+
+
+def _alike(values: pa.Array, pattern: str) -> _Mask:
+    """Which values match. Cheap where most are the same as the first."""
+    fits = _mask(pc.equal(values, values[0]))
+    others = np.flatnonzero(~fits) if pc.match_substring_regex(values[:1], pattern)[0].as_py() else np.arange(len(values))
+    fits[others] = _mask(pc.match_substring_regex(values.take(pa.array(others)), pattern))
+    return fits
 
 
 def _same(texts: pa.Array) -> pa.Array:
@@ -314,9 +330,11 @@ def _well_formed(text: pa.Buffer, begins: _Places, ends: _Places) -> bool:
     nor outside. So if the lines decode, as many values as lines, then each line is one value.
     """
     rows = pa.array(np.arange(0, 2 * len(begins), 2, dtype=np.int32))
-    lines = bytearray(contents(_pieces(text, np.stack([begins, ends + 1], axis=1)).take(rows)))
-    np.frombuffer(lines, np.uint8)[np.cumsum(ends + 1 - begins) - 1] = ord("\n")
+    last = np.cumsum(ends + 1 - begins) - 1
+    # What was taken is a copy, so it may be written to.
+    lines = np.frombuffer(_pieces(text, np.stack([begins, ends + 1], axis=1)).take(rows).buffers()[2], np.uint8)[: last[-1] + 1]
+    lines[last] = ord("\n")
     try:
-        return len(_objects.decode_lines(lines)) == len(begins)
+        return len(_objects.decode_lines(lines.data)) == len(begins)
     except (msgspec.DecodeError, RecursionError):
         return False

@@ -1,6 +1,6 @@
-"""What reading and writing event JSON share: upstream's names for what happened, how a time is read, the bytes of a column.
+"""What reading and writing event JSON share: upstream's names for what happened, how a time is read.
 
-What lives here: those three. What must not: lines.
+What lives here: those two. What must not: lines.
 """
 
 from __future__ import annotations
@@ -24,12 +24,3 @@ def timestamps(texts: pa.Array, schema: pa.Schema) -> pa.Array | None:
         return pc.floor_temporal(texts.cast(pa.timestamp("ns", "UTC")), unit="microsecond").cast(wanted)
     except pa.ArrowInvalid:
         return None
-
-
-def contents(texts: pa.Array) -> pa.Buffer:
-    """All values, one after the other."""
-    _, offsets, contents = texts.buffers()
-    integer = pa.int64() if pa.types.is_large_string(texts.type) else pa.int32()
-    ends = pa.Array.from_buffers(integer, len(texts) + 1, [None, offsets], offset=texts.offset)
-    begin, end = ends[0].as_py(), ends[-1].as_py()
-    return contents.slice(begin, end - begin) if end > begin else pa.py_buffer(b"")

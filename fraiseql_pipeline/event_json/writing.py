@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from fraiseql_pipeline.errors import InputError
 from fraiseql_pipeline.event import EVENT_SCHEMA, LAKE_SCHEMA
-from fraiseql_pipeline.event_json.kinds import KINDS, contents
+from fraiseql_pipeline.event_json.kinds import KINDS
 
 #: Upstream's fields in serde's order, and the column each is written from.
 _WRITTEN = {
@@ -68,7 +68,7 @@ def events_to_json(events: pa.Table | pa.RecordBatch, *, compact: bool = False) 
         pieces.append(pl.lit(f'{"," if pieces else "{"}"{key}":'))
         pieces.append(_value(frame, key, name, compact=compact) if name in known else pl.lit("null"))
     texts = frame.select(text=pl.concat_str([*pieces, pl.lit("}\n")]))["text"].rechunk()
-    return contents(texts.to_arrow(compat_level=pl.CompatLevel.oldest())).to_pybytes()
+    return _contents(texts.to_arrow(compat_level=pl.CompatLevel.oldest())).to_pybytes()
 
 
 def _plain(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
@@ -101,3 +101,12 @@ def _value(frame: pl.DataFrame, key: str, name: str, *, compact: bool) -> pl.Exp
     elif frame[name].str.contains(r'["\\\x00-\x1f]').any():
         column = column.str.replace_many(_ESCAPES)
     return ('"' + column + '"').fill_null("null")
+
+
+def _contents(texts: pa.Array) -> pa.Buffer:
+    """All values, one after the other."""
+    _, offsets, contents = texts.buffers()
+    integer = pa.int64() if pa.types.is_large_string(texts.type) else pa.int32()
+    ends = pa.Array.from_buffers(integer, len(texts) + 1, [None, offsets], offset=texts.offset)
+    begin, end = ends[0].as_py(), ends[-1].as_py()
+    return contents.slice(begin, end - begin) if end > begin else pa.py_buffer(b"")
