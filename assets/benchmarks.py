@@ -1,7 +1,7 @@
 """The asset ``benchmarks``: what the pipeline is worth on this machine, as asset checks.
 
 What lives here: an asset without partitions and with a job of its own, so that no backfill ever runs it. What must not: a measurement
-(``fraiseql_pipeline/benchmark.py``). The checks hold ratios against their budgets, both sides measured in this run on the same events of
+(``fraiseql_pipeline/benchmark/``). The checks hold ratios against their budgets, both sides measured in this run on the same events of
 a scratch database: a slow machine is slow for both. Absolute numbers are metadata, which Dagster plots over time.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from fraiseql_pipeline import benchmark
-from fraiseql_pipeline.benchmark import Report
+from fraiseql_pipeline.benchmark import comparison
+from fraiseql_pipeline.benchmark.report import Report
 from fraiseql_pipeline.changelog import scratch_changelog, write_sample
 
 from .failures import failure
@@ -22,9 +22,12 @@ BENCHMARKS = dg.AssetKey(["fraiseql", "benchmarks"])
 
 #: The name of the check → what is measured and what for.
 MEASUREMENTS: Mapping[str, tuple[Callable[..., Report], str]] = {
-    "conversion": (benchmark.conversion, "Event JSON to Arrow, against the standard library."),
-    "materialize": (benchmark.materialize, "Postgres to Delta, against polars and deltalake and against the server's own COPY."),
-    "flight_read": (benchmark.flight_read, "Lake to client, against a pyarrow.flight server that holds the same events in memory."),
+    "conversion": (comparison.conversion, "Event JSON to Arrow, against the standard library."),
+    "materialize": (comparison.materialize, "Postgres to Delta, against polars and deltalake and against the server's own COPY."),
+    "flight_read": (
+        comparison.flight_read,
+        "Lake to client, against a pyarrow.flight server that holds the same events in memory.",
+    ),
 }
 
 
@@ -68,7 +71,7 @@ def benchmarks_job() -> Any:  # the type has no public name
 
 
 def _measure(fraiseql: FraiseQL, config: Measuring, tell: Callable[[str], None]) -> Iterator[tuple[str, Report]]:
-    day = benchmark.day_of()
+    day = comparison.day_of()
     with scratch_changelog(fraiseql.settings()) as changelog:
         write_sample(changelog, config.events, days=1, end=day.end)
         for name, (measure, _) in MEASUREMENTS.items():

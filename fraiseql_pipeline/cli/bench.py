@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import click
 
-from fraiseql_pipeline import benchmark, benchmark_live, pipeline
-from fraiseql_pipeline.benchmark import Report
-from fraiseql_pipeline.benchmark_flight import flight_server
+from fraiseql_pipeline import pipeline
+from fraiseql_pipeline.benchmark import comparison
+from fraiseql_pipeline.benchmark import live as live_benchmark
+from fraiseql_pipeline.benchmark.flight import flight_server
+from fraiseql_pipeline.benchmark.report import Report
 from fraiseql_pipeline.changelog import SHAPES, ShapeName, open_changelog, scratch_changelog, write_sample
 from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.lake import Lake
@@ -71,9 +73,9 @@ def _filled(output: Output, events: int, shape: ShapeName, end: datetime) -> Ite
 @pass_output
 def materialize(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
     """Postgres to Delta: ours, polars + deltalake, a bare ADBC fetch, the server's own COPY."""
-    day = benchmark.day_of()
+    day = comparison.day_of()
     with _filled(output, events, shape, day.end) as url:
-        report = benchmark.materialize(url, day, events, rounds=rounds, tell=_teller(output))
+        report = comparison.materialize(url, day, events, rounds=rounds, tell=_teller(output))
     _show(output, _of(shape, report), judged=events >= _MEANT_EVENTS)
 
 
@@ -86,8 +88,8 @@ def windows(output: Output, few: int, many: int, rounds: int) -> None:
     """What one more window costs in a small and in a large lake."""
     names = {"few": f"{few:,} windows", "many": f"{many:,} windows"}
     with scratch_changelog(output.settings) as changelog:
-        report = benchmark.windows(
-            changelog.url, benchmark.day_of(), few=few, many=many, rounds=rounds, tell=_teller(output, names)
+        report = comparison.windows(
+            changelog.url, comparison.day_of(), few=few, many=many, rounds=rounds, tell=_teller(output, names)
         )
     _show(output, report, judged=many >= _MEANT_WINDOWS, names=names)
 
@@ -99,7 +101,7 @@ def windows(output: Output, few: int, many: int, rounds: int) -> None:
 @pass_output
 def flight(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
     """Arrow Flight streams: ours in every encoding, a pyarrow.flight server, ROAPI and JSON lines; many readers, TLS, memory."""
-    day = benchmark.day_of()
+    day = comparison.day_of()
     with _filled(output, events, shape, day.end) as url, tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
         settings = Settings(database_url=url, lake_uri=f"{directory}/lake", start=day.start)
         windows = list(tile(day.start, day.end, WindowSize.HOUR))
@@ -117,7 +119,7 @@ def live(output: Output, events: int, shape: ShapeName) -> None:
     """Committed in Postgres to a Flight reader that follows, and events that are served before they are published."""
     end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     with _filled(output, events, shape, end) as url, tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
-        report = benchmark_live.live(url, f"{directory}/lake", events, tell=_teller(output))
+        report = live_benchmark.live(url, f"{directory}/lake", events, tell=_teller(output))
     _show(output, _of(shape, report), judged=events >= _MEANT_EVENTS)
 
 
@@ -128,9 +130,9 @@ def live(output: Output, events: int, shape: ShapeName) -> None:
 @pass_output
 def convert(output: Output, events: int, shape: ShapeName, rounds: int) -> None:
     """FraiseQL's event JSON to Arrow: ours, and json.loads + pyarrow."""
-    day = benchmark.day_of()
+    day = comparison.day_of()
     with _filled(output, events, shape, day.end) as url:
-        report = benchmark.conversion(url, day, events, rounds=rounds, tell=_teller(output))
+        report = comparison.conversion(url, day, events, rounds=rounds, tell=_teller(output))
     _show(output, _of(shape, report), judged=events >= _MEANT_EVENTS)
 
 

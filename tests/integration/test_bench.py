@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fraiseql_pipeline import benchmark, benchmark_flight, benchmark_servers
-from fraiseql_pipeline.benchmark_servers import NotThere, roapi
+from fraiseql_pipeline.benchmark import comparison, flight, servers
+from fraiseql_pipeline.benchmark.servers import NotThere, roapi
 from fraiseql_pipeline.changelog import scratch_changelog, write_sample
 from fraiseql_pipeline.encoding import ENCODINGS
 from fraiseql_pipeline.lake import Lake
@@ -22,12 +22,12 @@ ROWS = 2000
 
 def test_a_report_on_flight_has_every_case_and_every_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, less in (("_FIRST_BATCHES", 3), ("_PAIRS", 1), ("_NEWCOMERS", 2), ("_CROWD_SECONDS", 0.1)):
-        monkeypatch.setattr(benchmark_flight, name, less)
+        monkeypatch.setattr(flight, name, less)
     lake, windows = Lake(str(tmp_path / "lake")), hours("2026-11-20", 6, 7)
     for window in windows:
         publish(lake, window, ROWS)
     said: list[str] = []
-    report = benchmark_flight.flight_server(lake.uri, windows[0].start, windows[-1].end, rounds=1, readers=(1, 3), tell=said.append)
+    report = flight.flight_server(lake.uri, windows[0].start, windows[-1].end, rounds=1, readers=(1, 3), tell=said.append)
     assert report.rows == ROWS * len(windows)
     figures = {(result.case, result.metric) for result in report.results}
     for name in ENCODINGS:
@@ -44,16 +44,16 @@ def test_a_report_on_flight_has_every_case_and_every_ratio(tmp_path: Path, monke
 
 def test_a_reference_that_is_not_installed_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(benchmark_servers.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(servers.sys, "executable", str(tmp_path / "python"))
     with pytest.raises(NotThere, match=r"pip install 'fraiseql-pipeline\[bench\]'"), roapi(str(tmp_path)):
         pass
 
 
 @pytest.mark.slow
 def test_conversion_is_held_against_a_rate_and_against_the_standard_library(changelog_url: str) -> None:
-    day = benchmark.day_of(datetime(2026, 11, 21, tzinfo=UTC))
+    day = comparison.day_of(datetime(2026, 11, 21, tzinfo=UTC))
     with scratch_changelog(Settings(database_url=changelog_url)) as changelog:
         write_sample(changelog, ROWS, days=1, end=day.end)
-        report = benchmark.conversion(changelog.url, day, ROWS, rounds=1)
+        report = comparison.conversion(changelog.url, day, ROWS, rounds=1)
     assert [ratio.budget for ratio in report.ratios] == [1_000_000, 4]
     assert all(ratio.value for ratio in report.ratios)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from fraiseql_pipeline import benchmark
+from fraiseql_pipeline.benchmark import comparison
 
 
 def test_windows_are_added_to_the_same_two_lakes_in_every_round(changelog_url: str) -> None:
     told: list[str] = []
-    day = benchmark.day_of(datetime(2026, 11, 22, tzinfo=UTC))
-    report = benchmark.windows(changelog_url, day, few=2, many=25, rounds=2, tell=told.append)
+    day = comparison.day_of(datetime(2026, 11, 22, tzinfo=UTC))
+    report = comparison.windows(changelog_url, day, few=2, many=25, rounds=2, tell=told.append)
     assert [line for line in told if line.startswith("publishing")] == ["publishing 2 empty windows", "publishing 25 empty windows"]
     assert [(result.case, result.skipped) for result in report.results] == [("few", None), ("many", None)]
     (ratio,) = report.ratios

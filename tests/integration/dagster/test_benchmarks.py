@@ -13,7 +13,7 @@ from assets.benchmarks import BENCHMARKS, build_benchmarks
 from assets.definitions import definitions
 from assets.report import EVENTS, QUARANTINE
 from assets.resources import FraiseQL
-from fraiseql_pipeline.benchmark import Ratio, Report, Result
+from fraiseql_pipeline.benchmark.report import Ratio, Report, Result
 from fraiseql_pipeline.settings import Settings
 from tests.support.code_location import Location
 

@@ -1,6 +1,6 @@
-"""The cases of the benchmarks: what is measured, each alone in a process of its own, called by ``benchmark.py``.
+"""The cases of the benchmarks: what is measured, each alone in a process of its own, called by ``comparison.py``.
 
-What lives here: the work of a case and its clock. What must not: what the figures mean (``benchmark.py``). Libraries of the references are
+What lives here: the work of a case and its clock. What must not: what the figures mean (``comparison.py``). Libraries of the references are
 imported where they are used, before the clock starts.
 """
 

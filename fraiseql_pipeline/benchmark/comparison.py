@@ -1,7 +1,7 @@
-"""Measurements shared by ``fraiseql-pipeline bench``, the asset checks and the docs.
+"""Short cases side by side: ours, and what a user would write without this package.
 
 What lives here: which cases are run side by side, and the budgets their ratios are held against. What must not: the work of a case
-(``benchmark_cases.py``), and a case that only exists to look good. A reference is what a user would write without this package, on the same
+(``cases.py``), and a case that only exists to look good. A reference is what a user would write without this package, on the same
 rows in the same run.
 
 How a number is made: every case of a round runs in a fresh process, one after the other, and the rounds repeat, so that a slow minute
@@ -12,83 +12,20 @@ Medians are reported with minimum and maximum; only ratios are held against a bu
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fraiseql_pipeline.benchmark_cases import publish_empty, write_event_json
+from fraiseql_pipeline.benchmark.cases import publish_empty, write_event_json
+from fraiseql_pipeline.benchmark.report import Ratio, Report, Result, Told
 from fraiseql_pipeline.errors import PipelineError
 from fraiseql_pipeline.window import Window, WindowSize
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One figure of one case over the rounds; ``skipped`` says why there is none."""
-
-    case: str
-    metric: str
-    unit: str
-    median: float | None = None
-    min: float | None = None
-    max: float | None = None
-    skipped: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A figure of ours over a reference's, and whether it keeps its budget (``>=`` for speed, ``<=`` for memory and cost)."""
-
-    name: str
-    value: float | None
-    budget: float
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool | None:
-        if self.value is None:
-            return None
-        return self.value <= self.budget if self.at_most else self.value >= self.budget
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Of one benchmark; ``as_dict`` is what ``--json`` prints."""
-
-    bench: str
-    rows: int
-    results: tuple[Result, ...]
-    ratios: tuple[Ratio, ...]
-
-    @property
-    def met(self) -> bool:
-        """Whether no measured ratio misses its budget."""
-        return all(ratio.met is not False for ratio in self.ratios)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "bench": self.bench,
-            "machine": {
-                "cpus": os.cpu_count(),
-                "system": platform.system(),
-                "arch": platform.machine(),
-                "python": platform.python_version(),
-            },
-            "rows": self.rows,
-            "results": [{k: v for k, v in asdict(result).items() if v is not None} for result in self.results],
-            "ratios": [{"name": r.name, "value": r.value, "budget": r.budget, "met": r.met} for r in self.ratios],
-        }
-
-
-Told = Callable[[str], None]
 
 
 def materialize(database_url: str, day: Window, rows: int, *, rounds: int = 3, tell: Told = lambda _: None) -> Report:
@@ -172,7 +109,7 @@ def _rounds(cases: Iterable[str], arguments: Mapping[str, Any], rounds: int, tel
             tell(f"round {number + 1} of {rounds}: {case}")
             # The arguments hold a database URL: they go through the child's stdin, not through a command line that `ps` shows.
             done = subprocess.run(
-                [sys.executable, "-m", "fraiseql_pipeline.benchmark_cases", case],
+                [sys.executable, "-m", "fraiseql_pipeline.benchmark.cases", case],
                 input=json.dumps(arguments),
                 capture_output=True,
                 text=True,

@@ -1,7 +1,7 @@
 """How ``bench flight`` reads: one stream, its first batch, many readers at once, and the references that are no Flight server of events.
 
 What lives here: clients with a clock, stock ``pyarrow.flight`` and the standard library; batches are counted and dropped. What must not:
-servers (``benchmark_servers.py``), cases and budgets (``benchmark_flight.py``).
+servers (``servers.py``), cases and budgets (``flight.py``).
 
 Many readers are threads of a few processes, each with a connection of its own: clients of one process would otherwise share one connection
 to an address (gRPC's subchannel pool), and one HTTP/2 window with it.
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import flight
 
-from fraiseql_pipeline.benchmark_servers import Server
+from fraiseql_pipeline.benchmark.servers import Server
 from fraiseql_pipeline.errors import PipelineError
 
 _OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
@@ -162,7 +162,7 @@ def _shares(count: int) -> list[int]:
 
 
 def _start(url: str, ticket: bytes, readers: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fraiseql_pipeline.benchmark_readers", url, ticket.decode(), str(readers)]
+    command = [sys.executable, "-m", "fraiseql_pipeline.benchmark.readers", url, ticket.decode(), str(readers)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -1,7 +1,7 @@
 """``bench live``: how soon an event that was committed is readable over Flight, and what events cost a server that are not published yet.
 
-What lives here: the cases, their figures and budgets. What must not: the server (``benchmark_servers.py``), how a report looks
-(``benchmark.py``).
+What lives here: the cases, their figures and budgets. What must not: the server (``servers.py``), how a report looks
+(``report.py``).
 
 How a number is made: the events of a log of which nothing is published are read through and served; private memory is compared with that of
 a server that does not follow. Then one reader follows, and events are committed one at a time; a time is that from the return of the commit to the
@@ -21,9 +21,9 @@ import psycopg
 import pyarrow as pa
 from pyarrow import flight
 
-from fraiseql_pipeline.benchmark import Ratio, Report, Result, Told
-from fraiseql_pipeline.benchmark_readers import first_batch_ms, list_flights, read
-from fraiseql_pipeline.benchmark_servers import Server, server
+from fraiseql_pipeline.benchmark.readers import first_batch_ms, list_flights, read
+from fraiseql_pipeline.benchmark.report import Ratio, Report, Result, Told
+from fraiseql_pipeline.benchmark.servers import Server, server
 from fraiseql_pipeline.errors import PipelineError
 
 #: Commits per case: the 99th percentile is that of the fifth slowest.

@@ -1,7 +1,7 @@
 """The servers that ``bench flight`` reads from, each in a process of its own.
 
-What lives here: how each is started, what it serves, how it ends. What must not: reading (``benchmark_readers.py``), cases and budgets
-(``benchmark_flight.py``).
+What lives here: how each is started, what it serves, how it ends. What must not: reading (``readers.py``), cases and budgets
+(``flight.py``).
 
     ours        the server of this package over a lake
     reference   a ``pyarrow.flight`` server with the lake's events in memory, in the same batches, profiles and codecs
@@ -88,7 +88,7 @@ def server(
             "follows": follows,
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "fraiseql_pipeline.benchmark_servers", kind],
+            [sys.executable, "-m", "fraiseql_pipeline.benchmark.servers", kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,7 +1,7 @@
 """``bench flight``: our server against what one would use without it, on the same events, read by the same stock client.
 
-What lives here: the cases of the Flight benchmark, their figures and budgets. What must not: the servers (``benchmark_servers.py``), the
-readers (``benchmark_readers.py``), how a report looks (``benchmark.py``).
+What lives here: the cases of the Flight benchmark, their figures and budgets. What must not: the servers (``servers.py``), the
+readers (``readers.py``), how a report looks (``report.py``).
 
 How a number is made: every round starts our server anew, so that its first read is cold; then each encoding is read from ours (cold,
 warm) and from the reference, one behind the other, so that a slow minute of the machine hits both. Ratios are medians of the ratios
@@ -20,9 +20,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime
 
-from fraiseql_pipeline.benchmark import Ratio, Report, Result, Told
-from fraiseql_pipeline.benchmark_readers import Read, crowd, first_batch_ms, list_flights, read, read_lines, read_sql
-from fraiseql_pipeline.benchmark_servers import NotThere, Server, roapi, server
+from fraiseql_pipeline.benchmark.readers import Read, crowd, first_batch_ms, list_flights, read, read_lines, read_sql
+from fraiseql_pipeline.benchmark.report import Ratio, Report, Result, Told
+from fraiseql_pipeline.benchmark.servers import NotThere, Server, roapi, server
 from fraiseql_pipeline.encoding import ENCODINGS, Encoding
 from fraiseql_pipeline.event_json import events_to_json
 from fraiseql_pipeline.flight.frames import FrameStore
