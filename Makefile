@@ -19,8 +19,7 @@ DBT_READY := $(VENV)/.ready-dbt
 CLIENTS_READY := $(VENV)/.ready-clients
 
 # Where the lake begins, or the sample. Without FRAISEQL_START Dagster would show every hour since 2026-01-01 as missing beside those.
-FIRST_WINDOW = $(BIN)/fraiseql-pipeline --json status | $(BIN)/python -c \
-  'import json, sys; key = json.load(sys.stdin)["first_window"] or ""; print(key[:10] + "T" * (len(key) > 10) + key[11:])' \
+FIRST_WINDOW = $(BIN)/fraiseql-pipeline --json status | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["start"] or "")' \
   | grep . || test -n "$${FRAISEQL_DATABASE_URL:-}" || date -u -d '2 days ago' +%Y-%m-%d
 
 # Dagster 1.13 calls `dagster dev` superseded by a tool that is a package of its own.

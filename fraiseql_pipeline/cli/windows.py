@@ -110,6 +110,7 @@ def status(output: Output) -> None:
         "windows": len(windows),
         "first_window": windows[0].key if windows else None,
         "last_window": windows[-1].key if windows else None,
+        "start": windows[0].start.isoformat() if windows else None,
         "holes": [hole.key for hole in holes],
         "provisional": sum(commit.state == "provisional" for commit in commits),
         "accepted_rows": sum(commit.accepted_rows for commit in commits),
@@ -121,7 +122,7 @@ def status(output: Output) -> None:
         output.say(nothing_published(lake))
         return
     shown = {
-        **rows,
+        **{name: value for name, value in rows.items() if name != "start"},  # the first window says it
         "holes": ", ".join(h.key for h in holes[:5]) + (f" and {len(holes) - 5} more" if len(holes) > 5 else "") or "none",
     }
     output.table(
