@@ -12,6 +12,10 @@ import pyarrow.compute as pc
 KINDS = {"INSERT": "Created", "UPDATE": "Updated", "DELETE": "Deleted", "CUSTOM": "Custom"}
 
 
+#: A fraction of a second of up to nine digits, of which microseconds keep six.
+_FINER = r"(\.[0-9]{6})[0-9]{1,3}([^0-9]|$)"
+
+
 def timestamps(texts: pa.Array, schema: pa.Schema) -> pa.Array | None:
     """None if any text is not an ISO 8601 time with an offset, or out of the range of the type."""
     wanted = schema.field("timestamp").type
@@ -21,6 +25,6 @@ def timestamps(texts: pa.Array, schema: pa.Schema) -> pa.Array | None:
         if wanted.unit == "ns":
             return None
     try:
-        return pc.floor_temporal(texts.cast(pa.timestamp("ns", "UTC")), unit="microsecond").cast(wanted)
+        return pc.replace_substring_regex(texts, _FINER, r"\1\2").cast(wanted)
     except pa.ArrowInvalid:
         return None

@@ -270,7 +270,7 @@ def test_who_waits_too_long_for_the_log_or_with_too_many_is_told_so(
     pks = [insert(changelog_url, created_at=LAST - number * HOUR) for number in (30, 40)]
     with followed(changelog_url, lake, start_server) as live:
         live.reaches(pks[-1])
-        live.keys(start="now-1h")
+        live.keys(start=LAST)
         service = live.service
         eventually(lambda: not service._filling.locked())
         if too == "long":
