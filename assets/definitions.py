@@ -19,7 +19,11 @@ from .sensors import build_catch_up
 
 
 def definitions(settings: Settings) -> dg.Definitions:
-    """The definitions for some settings; build your own from here, or merge ``defs`` into yours."""
+    """The definitions for the windows of some settings; merge them into yours.
+
+    Partitions and what the UI says of the tables follow from these settings. A run reads its own, by the resource ``fraiseql``: they must
+    have the same windows, or the run ends before it reads anything.
+    """
     events = build_events(settings)
     return dg.Definitions(
         assets=[source_spec(), events, build_benchmarks()],

@@ -71,6 +71,7 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
             context.log.info(_line(one))
 
         try:
+            partitions.must_be(windows, fraiseql.settings())
             with fraiseql.changelog() as changelog:
                 publish(asked, config, fraiseql.settings(), changelog, fraiseql.lake(), context.run.run_id, on_window)
             shown = describe(done, fraiseql, flight, context.log.warning)

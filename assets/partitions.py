@@ -9,6 +9,7 @@ Invariants
 
 import dagster as dg
 
+from fraiseql_pipeline.errors import SettingsError
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
 
@@ -23,6 +24,15 @@ def windows(settings: Settings) -> dg.TimeWindowPartitionsDefinition:
 def cover(settings: Settings, window: Window) -> bool:
     """Whether a window is one of these once it has ended; the lake may hold others, from another FRAISEQL_WINDOW or FRAISEQL_START."""
     return window.size is settings.window and settings.start <= window.start
+
+
+def must_be(defined: dg.PartitionsDefinition | None, settings: Settings) -> None:  # type: ignore[type-arg]
+    """Raises ``SettingsError`` where a run, or the sensor, is configured for other windows than its partitions were made from."""
+    if defined != windows(settings):
+        raise SettingsError(
+            f"This run is configured for windows of one {settings.window.value} from {settings.start.isoformat()} on, which are not its "
+            "partitions: FRAISEQL_WINDOW and FRAISEQL_START must be for runs what they are for the code location."
+        )
 
 
 def windows_of(context: dg.AssetExecutionContext) -> list[Window]:

@@ -48,6 +48,7 @@ def build_catch_up(events: dg.AssetsDefinition) -> dg.SensorDefinition:
     )
     def catch_up(context: dg.SensorEvaluationContext, fraiseql: FraiseQL) -> dg.SensorResult:
         settings, now, memory = fraiseql.settings(), datetime.now(UTC), needs.Memory.parse(context.cursor)
+        partitions.must_be(events.partitions_def, settings)
         with fraiseql.changelog() as changelog:
             found = needs.look(settings, changelog, fraiseql.lake(), memory, now)
         due = needs.due(found, memory, in_flight(context.instance), now)

@@ -202,9 +202,19 @@ class Settings(BaseSettings):
         """Without the values that a log must not hold."""
         return ((name, "…" if name in _SECRET and value else value) for name, value in super().__repr_args__())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_blanks(cls, value: object) -> object:
+        """White space is no path, and an empty text in a file no wish; an empty variable never gets here."""
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("must not be blank; leave it out for the default")
+        return value
+
     @field_validator("lake_uri")
     @classmethod
     def _check_lake_uri(cls, value: str) -> str:
+        if re.match(r"(?i)file:(?!///)", value):
+            raise ValueError("must be a path, or start with file:/// and hold an absolute path")
         if found := re.match(rf"({_STORES}|https?):(?!//)", value):
             raise ValueError(f"must be a path, or start with {found[1]}:// and the bucket")
         return value

@@ -119,7 +119,7 @@ def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("bind", ["", ":50051", "host:", "host:port", "host:65536", "host:²", "host:-1", "host:000050051"])
+@pytest.mark.parametrize("bind", [":50051", "host:", "host:port", "host:65536", "host:²", "host:-1", "host:000050051"])
 def test_a_bind_must_be_host_and_port(bind: str) -> None:
     assert "FRAISEQL_ARROW_FLIGHT_BIND must be host:port" in refusal(arrow_flight_bind=bind)
 
@@ -168,6 +168,21 @@ def test_a_variable_that_is_almost_a_setting_is_found(name: str, meant: str) -> 
 @pytest.mark.parametrize("uri", ["s3:/bucket/lake", "s3:bucket", "gs:/bucket", "https:/host/path"])
 def test_a_store_with_a_slash_too_few_is_no_directory(uri: str) -> None:
     assert "FRAISEQL_LAKE_URI must be a path, or start with" in refusal(lake_uri=uri)
+
+
+@pytest.mark.parametrize("uri", ["file:lake", "file://lake/x", "file://./lake"])
+def test_a_file_uri_holds_an_absolute_path(uri: str) -> None:
+    with pytest.raises(SettingsError, match="must be a path, or start with file:/// and hold an absolute path"):
+        Settings.load(lake_uri=uri)
+
+
+def test_white_space_is_no_value_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blank.toml").write_text('database_url = ""')
+    with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL must not be blank; leave it out for the default"):
+        Settings.load(tmp_path / "blank.toml")
+    monkeypatch.setenv("FRAISEQL_LAKE_URI", " ")
+    with pytest.raises(SettingsError, match="FRAISEQL_LAKE_URI must not be blank"):
+        Settings.load()
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/lake", "./lake", "/data/2026-11-01T10:00/lake", "file:///lake", "s3/lake"])

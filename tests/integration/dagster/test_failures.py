@@ -13,6 +13,7 @@ from assets import events
 from assets.report import QUARANTINE
 from fraiseql_pipeline.errors import LakeConflict, WindowShrinks
 from fraiseql_pipeline.window import Window
+from tests.support import code_location
 from tests.support.code_location import Location, hours, write
 
 MORNING = hours("2026-11-20", 6, 9)
@@ -45,6 +46,21 @@ def test_only_what_calls_itself_retryable_is_tried_again(
     assert not run.success
     assert _attempts(run) == attempts
     assert "hunter2" not in repr([record.event_log_entry for record in location.instance.get_records_for_run(run.run_id).records])
+
+
+@pytest.mark.parametrize("other", [{"FRAISEQL_WINDOW": "day"}, {"FRAISEQL_START": "2026-11-20T07:00:00"}])
+def test_a_run_that_is_configured_for_other_windows_than_its_partitions_publishes_nothing(
+    location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    write(changelog_url, MORNING[0], 10)
+    made = events.build_events(location.settings)
+    monkeypatch.setattr(code_location, "build_events", lambda *_: made)
+    for name, value in other.items():
+        monkeypatch.setenv(name, value)
+    run = location.run(MORNING[0])
+    assert not run.success
+    assert "FRAISEQL_WINDOW and FRAISEQL_START must be for runs what they are for the code location" in _message(run)
+    assert location.lake.published() == {}
 
 
 def test_a_defect_after_the_commit_is_told_and_hides_no_window(
