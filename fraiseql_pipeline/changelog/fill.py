@@ -81,8 +81,8 @@ def write_sample(
 ) -> SampleSummary:
     """Fill a change log with so many sample events of the ``days`` before ``end`` (exclusive); creates the contract where it is missing.
 
-    The same seed and ``shape`` (``typical`` or ``wide``) give the same events. Nothing of them settles before all of them are written. Raises
-    ``SourceRefused`` when the log already holds events, unless ``append``.
+    The same seed and ``shape`` (``typical`` or ``wide``) give the same events. Nothing of them settles before all of them are written, and of
+    a sample that fails or is interrupted nothing stays. Raises ``SourceRefused`` when the log already holds events, unless ``append``.
     """
     if events < 1 or days < 1:
         raise InputError(f"A sample needs at least one event and one day, got {events} events and {days} days.")
@@ -96,11 +96,8 @@ def write_sample(
             )
         _check_types(connection)
         planned = sample.plan(events, days=days, end=end, seed=seed, shape=shape)
-        with (
-            nullcontext() if append or events < _WORTH_INDEXING_LATER else _indexed_later(changelog.url, connection),
-            _reserved(connection, events) as (pk, seq),
-        ):
-            _load(changelog.url, planned, pk, seq, progress)
+        with nullcontext() if append or events < _WORTH_INDEXING_LATER else _indexed_later(changelog.url, connection):
+            _write_all(changelog.url, connection, planned, events, progress)
         connection.execute(f"ANALYZE {TABLE}")
     seconds = time.perf_counter() - began
     return SampleSummary(events, planned.quarantined_rows, planned.unplaced_rows, planned.first, planned.last, seconds)
@@ -232,6 +229,21 @@ def _indexed_later(url: str, connection: psycopg.Connection[Any]) -> Iterator[No
             list(pool.map(make, indexes))
 
 
+def _write_all(
+    url: str, connection: psycopg.Connection[Any], planned: sample.Sample, events: int, progress: Progress | None
+) -> None:
+    least = None
+    try:
+        with _reserved(connection, events) as (least, seq):
+            _load(url, planned, least, seq, progress)
+    except BaseException:
+        if least is not None:
+            with suppress(psycopg.Error):  # the first error is the one to tell
+                keys = [least, least + events]
+                connection.execute(f"DELETE FROM {TABLE} WHERE pk_entity_change_log >= %s AND pk_entity_change_log < %s", keys)
+        raise
+
+
 def _load(url: str, planned: sample.Sample, pk: int, seq: int, progress: Progress | None) -> None:
     slices: queue.Queue[tuple[int, tuple[bytes | memoryview, ...]] | None] = queue.Queue(1)
     failed = threading.Event()
@@ -239,7 +251,7 @@ def _load(url: str, planned: sample.Sample, pk: int, seq: int, progress: Progres
     def write() -> None:
         try:
             with _writing(url) as connection, connection.cursor() as cursor:
-                while (item := slices.get()) is not None:
+                while (item := _take(slices, failed)) is not None:
                     rows, parts = item
                     with cursor.copy(_COPY) as copy:
                         for part in parts:
@@ -252,14 +264,18 @@ def _load(url: str, planned: sample.Sample, pk: int, seq: int, progress: Progres
 
     with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="sample") as pool:
         writers = [pool.submit(write) for _ in range(_CONNECTIONS)]
-        offset = 0
-        for rows in planned.slices():
-            _put(slices, (len(rows), copied(_numbered(rows, pk + offset, seq + offset), _TYPES)), failed)
-            offset += len(rows)
-        for _ in writers:
-            _put(slices, None, failed)
-        for writer in writers:
-            writer.result()
+        try:
+            offset = 0
+            for rows in planned.slices():
+                _put(slices, (len(rows), copied(_numbered(rows, pk + offset, seq + offset), _TYPES)), failed)
+                offset += len(rows)
+            for _ in writers:
+                _put(slices, None, failed)
+            for writer in writers:
+                writer.result()
+        except BaseException:
+            failed.set()  # the pool waits for its writers, and they would wait for slices
+            raise
 
 
 def _put(slices: queue.Queue[Any], item: Any, failed: threading.Event) -> None:
@@ -267,6 +283,14 @@ def _put(slices: queue.Queue[Any], item: Any, failed: threading.Event) -> None:
         with suppress(queue.Full):
             slices.put(item, timeout=0.1)
             return
+
+
+def _take(slices: queue.Queue[Any], failed: threading.Event) -> Any:
+    """The next slice; None when there is no more, or no use."""
+    while not failed.is_set():
+        with suppress(queue.Empty):
+            return slices.get(timeout=0.1)
+    return None
 
 
 def _numbered(rows: pl.DataFrame, pk: int, seq: int) -> pl.DataFrame:

@@ -157,6 +157,10 @@ def _warnings(source: Mapping[str, Any], columns: Mapping[str, str], sequence: _
             f"Role {source['role']!r} may not read the sequence {sequence.name}, so rows written with keys of their own above it go unnoticed; "
             f"GRANT SELECT ON SEQUENCE {sequence.name} to it."
         )
+    if source["unindexed"]:
+        warnings.append(
+            f"{TABLE} has no index on created_at, so every window reads the whole table; CREATE INDEX CONCURRENTLY ON {TABLE} (created_at)."
+        )
     if missing := [name for name in OPTIONAL if name not in columns]:
         warnings.append(f"{TABLE} is of an older contract: {_listed('column', missing)} will be null.")
     if naive := [name for name, kind in columns.items() if kind == "timestamp without time zone"]:

@@ -12,6 +12,8 @@ SELECT pg_is_in_recovery()                                          AS standby,
        current_setting('server_version_num')::integer               AS server_version,
        (SELECT pg_encoding_to_char(d.encoding) = 'SQL_ASCII' FROM pg_database d
          WHERE d.datname = current_database())                       AS unencoded,
-       current_database()::text                                     AS database
+       current_database()::text                                     AS database,
+       c.relkind = 'r' AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+                                        WHERE i.indrelid = c.oid AND i.indisvalid AND a.attname = 'created_at') AS unindexed
   FROM (SELECT 1) AS one
   LEFT JOIN pg_class c ON c.relname = 'tb_entity_change_log' AND c.relnamespace = to_regnamespace('core')

@@ -116,6 +116,14 @@ def test_columns_of_an_unreadable_type_are_named(changelog_url: str, owner: psyc
         _preflight(changelog_url)
 
 
+def test_a_change_log_without_an_index_on_its_times_is_read_with_a_warning(
+    changelog_url: str, owner: psycopg.Connection[Any]
+) -> None:
+    owner.execute("DROP INDEX core.idx_entity_log_created")
+    (warning,) = _preflight(changelog_url).warnings
+    assert warning.endswith("CREATE INDEX CONCURRENTLY ON core.tb_entity_change_log (created_at).")
+
+
 def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(_OLD_CONTRACT)
@@ -129,7 +137,8 @@ def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str
             f"SELECT pg_typeof(pk_entity_change_log)::text, created_at::text, object_id, object_data::text, seq, trace_id FROM {contract.relation}"
         ).fetchone()
     assert row == ("bigint", "2026-11-01 12:00:00+00", "o1", '{"a": 1.10}', None, None)
-    missing, zone = contract.warnings
+    index, missing, zone = contract.warnings
+    assert "no index on created_at" in index
     assert "trace_id" in missing
     assert "created_at" in zone
     assert "read as UTC" in zone

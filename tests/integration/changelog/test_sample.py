@@ -14,7 +14,8 @@ import psycopg
 import pyarrow as pa
 import pytest
 
-from fraiseql_pipeline.changelog import SHAPES, ChangeLog, SampleSummary, ShapeName, sample, write_sample
+from fraiseql_pipeline.changelog import SHAPES, ChangeLog, SampleSummary, ShapeName, fill, sample, write_sample
+from fraiseql_pipeline.changelog.fill import _numbered
 from fraiseql_pipeline.encoding import frames, to_wire, wire_schema
 from fraiseql_pipeline.errors import InputError, SettleTimeout, SourceRefused
 from fraiseql_pipeline.event_json import events_to_json
@@ -203,19 +204,28 @@ def test_a_sample_of_nothing_is_refused(changelog: ChangeLog, now: datetime) -> 
         write_sample(changelog, 5, days=0, end=now)
 
 
-def test_a_large_sample_leaves_the_contract_with_all_of_its_indexes(
-    changelog: ChangeLog, owner: psycopg.Connection[Any], now: datetime
+@pytest.mark.parametrize("where", ["between slices", "in a writer"])
+def test_an_interrupted_sample_leaves_no_event_and_all_indexes(
+    changelog: ChangeLog, owner: psycopg.Connection[Any], now: datetime, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     query = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'core' ORDER BY 1"
     before = owner.execute(query).fetchall()
+    made = iter(range(2))
 
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_sample(changelog, 60_000, end=now, progress=interrupt)
+    def numbered(*given: Any) -> pl.DataFrame:
+        if next(made):
+            raise KeyboardInterrupt
+        return _numbered(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if where == "between slices":
+            patched.setattr(fill, "_numbered", numbered)
+        write_sample(changelog, 60_000, end=now, progress=interrupt if where == "in a writer" else None)
     assert owner.execute(query).fetchall() == before
-    owner.execute(f"TRUNCATE {_TABLE}")
+    assert owner.execute(f"SELECT count(*) FROM {_TABLE}").fetchone() == (0,)
     write_sample(changelog, 60_000, end=now)
     assert owner.execute(query).fetchall() == before
 
