@@ -26,7 +26,7 @@ def cover(settings: Settings, window: Window) -> bool:
     return window.size is settings.window and settings.start <= window.start
 
 
-def must_be(defined: dg.PartitionsDefinition | None, settings: Settings) -> None:  # type: ignore[type-arg]
+def must_be(defined: dg.PartitionsDefinition | None, settings: Settings) -> None:
     """Raises ``SettingsError`` where a run, or the sensor, is configured for other windows than its partitions were made from."""
     if defined != windows(settings):
         raise SettingsError(

@@ -91,6 +91,14 @@ def settle_keys(
         return _settle(connection, contract, timeout_seconds, _FOLLOWERS_PAUSE_SECONDS, given_up)
 
 
+def drawn_key(connection: psycopg.Connection[Any], contract: Contract) -> int | None:
+    """The last key that the sequence has given out; None where the role may not read it. Raises ``SourceUnavailable``."""
+    if contract.readable_sequence is None:
+        return None
+    with translated():
+        return _point(connection, contract)[0]
+
+
 # ------------------------------------------------------------------------------------------------------------------ seal
 
 

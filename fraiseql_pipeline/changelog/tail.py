@@ -24,7 +24,7 @@ from fraiseql_pipeline.changelog.contract import Contract
 from fraiseql_pipeline.changelog.projection import Part, Statements, to_us
 from fraiseql_pipeline.changelog.read import Readers
 from fraiseql_pipeline.changelog.session import FAILURES, Session, discard, explained, row_fault
-from fraiseql_pipeline.changelog.settle import settle_keys
+from fraiseql_pipeline.changelog.settle import drawn_key, settle_keys
 
 #: The channel that upstream's trigger notifies.
 CHANNEL = "fraiseql_events"
@@ -61,6 +61,10 @@ class Tail:
     def settle(self) -> tuple[int, datetime]:
         """The settled pk, and the database's clock. Waits for open writers; raises ``SettleTimeout`` and ``SourceUnavailable``."""
         return settle_keys(self._connection, self._contract, self._timeout_seconds, self._given_up)
+
+    def drawn(self) -> int | None:
+        """The last key that the log's sequence has given out; None where the role may not read it. Raises ``SourceUnavailable``."""
+        return drawn_key(self._connection, self._contract)
 
     def wait(self, seconds: float) -> None:
         """So long, or until the database says that an event was written."""

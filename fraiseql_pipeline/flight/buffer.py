@@ -4,7 +4,7 @@ What lives here: ``Buffer``: taking events in by hours, keeping their files few 
 is written and opened (``held.py``), Postgres and threads (``live.py``), what is in the lake, tickets.
 
 Because they are files like the lake's, everything that serves the lake serves them: order, filters, tenants, kept frames. In memory is only
-the head of each hour, the events that came last: up to ``HEAD_BYTES``.
+the head of each hour, the events that came last: up to ``HEAD_BYTES``, and ``HEADS_BYTES`` of all hours.
 
 Invariants
  1. Of an hour, the buffer holds every sound event whose key is above ``after_pk`` and at most ``settled_pk``, once.
@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -41,6 +42,8 @@ _log = logging.getLogger(__name__)
 #: Arrow bytes of an hour's head. Half of it is written when it is full; a reader of the newest events waits for a file of what is left,
 #: 10 ms for 10,000 events.
 HEAD_BYTES = 4 << 20
+#: Of all heads together: events of many hours at once, as a migration writes them.
+HEADS_BYTES = 16 << 20
 #: Batches of a head, before they become one.
 _HEAD_BATCHES = 64
 #: Rows of the files that a fill or a merge writes: few enough to be encoded as one group, many enough that an hour has few files.
@@ -57,16 +60,13 @@ class _Hour:
     after_pk: int
     files: list[Held] = field(default_factory=list)
     head: list[pa.RecordBatch] = field(default_factory=list)
+    head_bytes: int = 0
     head_number: int = 0
     #: Highest time in a file that follows the others.
     reach: int = -1 << 62
     #: The head as a file, for the readers of this very head: its number and the key it starts above, and the file.
     written: tuple[tuple[int, int], Held] | None = None
     validator: Validator | None = None
-
-    @property
-    def head_bytes(self) -> int:
-        return sum(batch.nbytes for batch in self.head)
 
     @property
     def bytes(self) -> int:
@@ -78,6 +78,7 @@ class _Hour:
 
     def became(self, head: list[pa.RecordBatch]) -> None:
         self.head, self.head_number, self.written = head, self.head_number + 1, None
+        self.head_bytes = sum(batch.nbytes for batch in head)
 
 
 class Buffer:
@@ -109,14 +110,18 @@ class Buffer:
     def absorb(self, batch: pa.RecordBatch) -> list[pa.RecordBatch]:
         """Take in the next events (``BATCH_SCHEMA``, rising in pk); the sound ones as ``LAKE_SCHEMA``, those of an hour in order."""
         taken: list[tuple[int, pa.RecordBatch]] = []
-        for number, part in _by_hour(batch):
-            with self._lock:
-                hour = self._hours.setdefault(number, _Hour(number, self.started_pk))
-            # Held here: a reader who sees the hour published takes it away from the hour at any time.
-            validator = hour.validator = hour.validator or Validator(window_of(number))
-            accepted = validator.check(part).accepted
-            if accepted.num_rows:
-                taken.append((number, accepted))
+        try:
+            for number, part in _by_hour(batch):
+                taken.append((number, self._judged(number, part)))
+        except BaseException:
+            # The hours before it have admitted these ids, and would take the same events for duplicates when they come again.
+            for number in set(_hours_of(batch).tolist()):
+                with self._lock:
+                    hour = self._hours.get(number)
+                if hour is not None:
+                    self._forget(hour)
+            raise
+        taken = [(number, accepted) for number, accepted in taken if accepted.num_rows]
         with self._lock:
             for number, accepted in taken:
                 hour = self._hours[number]  # another one, if it was given up meanwhile
@@ -124,7 +129,7 @@ class Buffer:
                 # A batch of one event takes some kilobytes.
                 hour.became(head if len(head) < _HEAD_BATCHES else [_one(pa.Table.from_batches(head, LAKE_SCHEMA))])
             self.settled_pk = batch.column("pk")[-1].as_py()
-            full = [self._hours[number] for number, _ in taken if self._hours[number].head_bytes > HEAD_BYTES]
+            full = self._full()
         for hour in full:
             try:
                 self._flush(hour)
@@ -132,6 +137,25 @@ class Buffer:
                 _log.warning("an hour of live events is given up: %s", error)
                 self._forget(hour)
         return [accepted for _, accepted in taken]
+
+    def _judged(self, number: int, part: pa.RecordBatch) -> pa.RecordBatch:
+        with self._lock:
+            hour = self._hours.setdefault(number, _Hour(number, self.started_pk))
+        # Held here: a reader who sees the hour published takes it away from the hour at any time.
+        validator = hour.validator = hour.validator or Validator(window_of(number))
+        return validator.check(part).accepted
+
+    def _full(self) -> list[_Hour]:
+        """The hours whose heads are to be written: those that are full, and the fullest of many."""
+        heads = sorted(self._hours.values(), key=lambda hour: hour.head_bytes, reverse=True)
+        excess = sum(hour.head_bytes for hour in heads) - HEADS_BYTES
+        full = []
+        for hour in heads:
+            if not hour.head or (hour.head_bytes <= HEAD_BYTES and excess <= 0):
+                break
+            full.append(hour)
+            excess -= hour.head_bytes // 2  # the newer half stays
+        return full
 
     def missing(self, number: int, above_pk: int) -> int | None:
         """Up to which key events of an hour above ``above_pk`` are not here; None: all of them are."""
@@ -356,7 +380,7 @@ def _sorted(rows: pa.Table) -> pa.Table:
 
 def _by_hour(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
     """The events of each hour, in (timestamp, pk) order."""
-    hours = np.floor_divide(batch.column("timestamp").cast(pa.int64()).to_numpy(), HOUR_US)
+    hours = _hours_of(batch)
     for number in np.unique(hours).tolist():
         part = (
             batch
@@ -364,3 +388,7 @@ def _by_hour(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
             else batch.filter(pa.array(hours == number))
         )
         yield number, part.take(pc.sort_indices(part, sort_keys=[(name, "ascending") for name in ORDER]))
+
+
+def _hours_of(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    return np.floor_divide(batch.column("timestamp").cast(pa.int64()).to_numpy(), HOUR_US)

@@ -22,7 +22,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
-from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, PipelineError, SettleTimeout, SourceRefused, TicketError
+from fraiseql_pipeline.errors import (
+    FlightUnavailable,
+    LakeEmpty,
+    PipelineError,
+    SettleTimeout,
+    SourceRefused,
+    SourceUnavailable,
+    TicketError,
+)
 from fraiseql_pipeline.flight.buffer import Buffer
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, Place, window_of
 from fraiseql_pipeline.flight.rounds import Rounds
@@ -43,6 +51,8 @@ _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 _MAX_FILLED = 2_000
 #: Between two reports of how far following has come.
 _TELL_SECONDS = 1.0
+#: Between two looks at what the lake has meanwhile, where no reader looks.
+_LOOK_SECONDS = 60.0
 #: What is read through when following begins, so that the first reader of the newest events need not wait for it.
 _FILLED_AHEAD = timedelta(days=1)
 #: How long a reader waits for the buffer to be where the lake is already, nearly always one look; and for its turn to ask Postgres.
@@ -75,6 +85,8 @@ class Live:
         self._moved = threading.Condition()
         #: A key that a commit of the lake proves to be settled.
         self._proved_pk = 0
+        #: Whether a reader found that the lake is published from another log now.
+        self._is_of_another = False
         self._filling = threading.Lock()
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
         #: Hours ahead of the clock that had events when following began.
@@ -130,9 +142,10 @@ class Live:
 
     def _follow(self) -> None:
         with open_changelog(self._settings) as changelog, changelog.tail(self._is_wanted_elsewhere) as tail:
+            self._check_identity(tail.identity)
+            self._is_of_another = False
             settled_pk, at = tail.settle()
             if tail.identity != self._identity or settled_pk < self.buffer.settled_pk:
-                self._check_identity(tail.identity)
                 ahead = changelog.hours_from(at, _MAX_FILLED + 1)
                 self._ahead = frozenset(to_micros(hour) // HOUR_US for hour in ahead)
                 self.buffer.begin(settled_pk, at)
@@ -142,18 +155,29 @@ class Live:
             self._changelog, self._problem = changelog, ""
             threading.Thread(target=self._fill_ahead, name="live-fill", daemon=True).start()
             _log.info("live events are followed from key %d", self.buffer.settled_pk)
-            told = 0.0
+            told = looked = time.monotonic() - _TELL_SECONDS
             while not self._ended.is_set():
-                self._take(tail, max(settled_pk, self._proved_pk), at)
+                if self._is_of_another:  # as a reader found
+                    self._check_identity(tail.identity)
+                    self._is_of_another = False
+                self._take(tail, self._reached(tail, settled_pk), at)
                 if time.monotonic() - told > _TELL_SECONDS:
                     told = time.monotonic()
                     self.tell(self.buffer.rows, self.buffer.bytes, at)
+                if time.monotonic() - looked > _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    self._leave_what_is_published()
                 tail.wait(POLL_SECONDS)
+                before = settled_pk
                 try:
                     settled_pk, at = tail.settle()
                 except SettleTimeout as error:
                     if not self._is_wanted_elsewhere():
                         _log.warning("live events wait: %s", error)
+                if settled_pk < before:  # what follows begins anew
+                    raise SourceUnavailable(
+                        f"The keys of the change log fell from {before} to {settled_pk}: it was emptied, rebuilt or restored."
+                    )
 
     def _fill_ahead(self) -> None:
         """Have the hours that the lake has not yet, before somebody asks: those of the last day at most."""
@@ -164,6 +188,23 @@ class Live:
             )
         except PipelineError as error:
             _log.info("nothing is read ahead: %s", error)
+
+    def _leave_what_is_published(self) -> None:
+        """Also where nobody reads, so that what is kept does not grow."""
+        try:
+            self._base()
+        except SourceRefused:
+            raise
+        except PipelineError as error:
+            _log.info("the lake was not looked at: %s", error)
+
+    def _reached(self, tail: Tail, settled_pk: int) -> int:
+        """What has settled, as far as the log says or a commit of the lake proves; of keys that the log has not drawn yet, nothing."""
+        proved_pk = self._proved_pk
+        if proved_pk <= settled_pk:
+            return settled_pk
+        drawn_pk = tail.drawn()
+        return max(settled_pk, proved_pk if drawn_pk is None else min(proved_pk, drawn_pk))
 
     def _is_wanted_elsewhere(self) -> bool:
         return self._ended.is_set() or self._proved_pk > self.buffer.settled_pk
@@ -179,7 +220,7 @@ class Live:
         with self._moved:
             self._moved.notify_all()
 
-    def _check_identity(self, identity: str) -> None:
+    def _check_identity(self, identity: str | None) -> None:
         newest = self._lake.newest()
         if newest is not None and newest.identity != identity:
             raise SourceRefused(
@@ -194,14 +235,17 @@ class Live:
         Reads through from Postgres what is neither published nor in the buffer. Raises ``TicketError`` where that would be too much,
         ``FlightUnavailable`` where it takes too long or the lake alone cannot answer, and what the source refuses.
         """
-        changelog = self._changelog
-        if changelog is None:
-            if ticket.follow or ticket.after_pk is not None:
-                # The lake alone does not tell which of its events came after a key was reached.
-                raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
-            return None
+        changelog, base = self._changelog, None
         for _ in range(_ATTEMPTS):
-            base = self._base()
+            try:
+                base = self._base() if changelog is not None else None
+            except SourceRefused:
+                changelog, self._is_of_another = None, True
+            if changelog is None:
+                if ticket.follow or ticket.after_pk is not None:
+                    # The lake alone does not tell which of its events came after a key was reached.
+                    raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
+                return None
             floors = self._floors(changelog, base, ticket)
             self._catch_up(base, ticket)
             with self.buffer.wanted(floors):
@@ -221,8 +265,8 @@ class Live:
             return
         needed = base.settled_pk_within(to_micros(ticket.start), to_micros(ticket.end))
         if needed > self.buffer.settled_pk:
-            self._proved_pk = max(self._proved_pk, needed)
             with self._waits(), self._moved:
+                self._proved_pk = max(self._proved_pk, needed)
                 if not self._moved.wait_for(lambda: self.buffer.settled_pk >= needed, _CATCH_UP_SECONDS):
                     raise FlightUnavailable("The change log cannot be followed fast enough right now; try again in a moment.")
 
@@ -250,12 +294,14 @@ class Live:
         return joined(base, self._nothing, start, end, spans, live, ticket.after_pk or 0)
 
     def _base(self) -> View | None:
+        """The newest view of the lake; what it has leaves the buffer. Raises ``SourceRefused`` where the lake is of another log by now."""
         try:
             base = self._views.newest()
         except LakeEmpty:
             return None
         version = base.snapshot.generation, base.snapshot.version
         if version != self._dropped:
+            self._check_identity(self._identity)
             tracked = self.buffer.hours(-FOREVER, FOREVER)
             self.buffer.drop({hour: floor for hour in tracked if (floor := base.settled_pk_at(hour * HOUR_US))})
             self._dropped = version

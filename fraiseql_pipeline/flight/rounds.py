@@ -29,7 +29,7 @@ from fraiseql_pipeline.flight.stream import encoded
 
 _log = logging.getLogger(__name__)
 
-#: Arrow bytes of the rounds that are kept, the last one aside.
+#: Bytes of the rounds that are kept, the last one aside: their events, and the messages that were made of them.
 ROUNDS_BYTES = 8 << 20
 
 #: Ways of asking whose messages a round keeps; followers who ask in yet another way have theirs made for each of them.
@@ -46,6 +46,10 @@ class Kept:
         self._data = [message.data for message in messages]
         self._items = [Item(at, len(message.data), *message[1:]) for at, message in enumerate(messages)]
 
+    @property
+    def size(self) -> int:
+        return sum(map(len, self._data))
+
     def items(self) -> Iterator[Item]:
         return iter(self._items)
 
@@ -60,11 +64,16 @@ class Round:
     upto_pk: int
     batches: tuple[pa.RecordBatch, ...]
     _kept: dict[object, Kept] = field(default_factory=dict)
+    _kept_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _told: bool = False
 
     @property
     def bytes(self) -> int:
+        return self._arrow_bytes + self._kept_bytes
+
+    @cached_property
+    def _arrow_bytes(self) -> int:
         return sum(batch.nbytes for batch in self.batches)
 
     @cached_property
@@ -86,6 +95,7 @@ class Round:
                 kept = Kept(list(messages))
                 if len(self._kept) < _KEPT_WAYS:
                     self._kept[key] = kept
+                    self._kept_bytes += kept.size
             return kept
 
     def _tell_of_far(self) -> None:
@@ -116,7 +126,7 @@ class Round:
             # A filter copies what it keeps: no byte of another tenant's is left behind in a buffer.
             kept = batch if mask is None else batch.filter(mask)
             if kept.num_rows:
-                yield held(kept, columns)
+                yield from held(kept, columns)
 
 
 class Rounds:
@@ -125,7 +135,6 @@ class Rounds:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._rounds: deque[Round] = deque()
-        self._bytes = 0
         #: Every event above the first and up to the second is in a round.
         self._after_pk = self._upto_pk = 0
         self._epoch = 0
@@ -152,11 +161,11 @@ class Rounds:
             self._upto_pk = upto_pk
             if batches:
                 self._rounds.append(Round(upto_pk, tuple(batches)))
-                self._bytes += self._rounds[-1].bytes
-            while self._bytes > ROUNDS_BYTES and len(self._rounds) > 1:
+            excess = sum(one.bytes for one in self._rounds) - ROUNDS_BYTES  # rounds grow as followers ask
+            while excess > 0 and len(self._rounds) > 1:
                 gone = self._rounds.popleft()
                 self._after_pk = gone.upto_pk
-                self._bytes -= gone.bytes
+                excess -= gone.bytes
             self._changed.notify_all()
 
     def above(self, pk: int, seconds: float) -> tuple[list[Round], int] | None:
@@ -181,5 +190,4 @@ class Rounds:
 
     def _forget(self, pk: int) -> None:
         self._rounds.clear()
-        self._bytes = 0
         self._after_pk = self._upto_pk = pk

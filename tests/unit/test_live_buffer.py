@@ -263,3 +263,31 @@ def test_unsound_events_are_left_out(buffer: Buffer) -> None:
     bad = batch.set_column(0, BATCH_SCHEMA.field("event_id"), pa.array(["no uuid", batch["event_id"][1].as_py()]))
     assert [one["pk"].to_pylist() for one in buffer.absorb(bad)] == [[2]]
     assert held(buffer, {FIRST: 0}) == [(FIRST * HOUR_US + 2, 2)]
+
+
+def test_a_batch_that_could_not_be_judged_is_taken_whole_when_it_comes_again(
+    buffer: Buffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = events([(0, 1), (1, 1), (0, 2)])
+    check, judged = module.Validator.check, iter(range(2))
+
+    def fails_once(self: module.Validator, rows: pa.RecordBatch) -> object:
+        if next(judged) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return check(self, rows)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(module.Validator, "check", fails_once)
+        buffer.absorb(batch)
+    assert sum(one.num_rows for one in buffer.absorb(batch)) == 3
+    assert [pk for _, pk in held(buffer, {FIRST: 0, FIRST + 1: 0})] == [1, 3, 2]
+
+
+def test_the_heads_of_many_hours_are_bounded_together(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = events([(0, us) for us in range(50)]).nbytes
+    monkeypatch.setattr(module, "HEAD_BYTES", 1 << 30)
+    monkeypatch.setattr(module, "HEADS_BYTES", 4 * one)
+    for hour in range(30):
+        buffer.absorb(events([(hour, us) for us in range(50)], hour * 50 + 1))
+        assert sum(held.head_bytes for held in buffer._hours.values()) <= 6 * one
+    assert len(held(buffer, dict.fromkeys(range(FIRST, FIRST + 30), 0))) == 30 * 50

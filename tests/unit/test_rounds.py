@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 
 from fraiseql_pipeline.encoding import Encoding, stream_schema
-from fraiseql_pipeline.event import LAKE_SCHEMA
+from fraiseql_pipeline.event import LAKE_SCHEMA, WIRE_SCHEMA
 from fraiseql_pipeline.flight import rounds as module
 from fraiseql_pipeline.flight.rounds import Kept, Round, Rounds
 from fraiseql_pipeline.flight.segment import Filter
@@ -115,6 +115,22 @@ def test_rounds_follow_each_other_and_the_oldest_go_first(monkeypatch: pytest.Mo
     assert kept[1] == 35
     assert rounds.above(11, 0) is None, "gone: to be read as a view"
     assert rounds.above(30, 0) == ([], 35)
+
+
+def test_messages_that_were_made_for_followers_count_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROUNDS_BYTES", 10 * batch(10).nbytes)
+    rounds, plain = Rounds(), Encoding("plain", "none")
+    rounds.begin(0)
+    for upto in range(10, 90, 10):
+        rounds.add(upto - 10, upto, [batch(10)])
+    kept = rounds.above(0, 0)
+    assert kept is not None
+    for one in kept[0]:
+        for columns in range(4):
+            one.entry(stream_schema(tuple(WIRE_SCHEMA.names[: 5 + columns]), plain), plain, Filter(), (-(2**61), 2**61), 1_000)
+    rounds.add(80, 90, [batch(10)])
+    assert sum(one.bytes for one in rounds._rounds) <= 10 * batch(10).nbytes
+    assert rounds.above(0, 0) is None
 
 
 def test_what_does_not_follow_is_no_round_of_those_before() -> None:

@@ -27,8 +27,9 @@ from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
-from tests.support.events import TENANTS
-from tests.support.following import HOUR, KEYS, LAST, Followed, eventually, followed
+from tests.integration.flight.conftest import publish
+from tests.support.events import TENANTS, lake_events
+from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, eventually, followed
 from tests.support.reading import execute, insert
 
 
@@ -152,6 +153,58 @@ def test_nothing_published_and_no_log_is_for_a_moment(live: Followed, postgres: 
 def test_a_range_without_events_is_an_empty_stream_where_nothing_is_published(live: Followed) -> None:
     assert live.keys(start=LAST, end=LAST + HOUR) == []
     assert live.keys(start=datetime.now(UTC) + HOUR, end=datetime.now(UTC) + 2 * HOUR) == []
+
+
+def test_a_lake_that_is_published_from_another_log_moves_nothing_in_this_one(live: Followed) -> None:
+    old = live.write(LAST, 3)
+    live.reaches(old[-1])
+    live.materialize(LAST)
+    other = Window(LAST - HOUR, WindowSize.HOUR)
+    publish(live.lake, other, lake_events(other, 5))
+    assert len(live.keys(start=LAST - HOUR, end=LAST + HOUR)) == 8, "the lake alone"
+    with pytest.raises(FlightUnavailable, match="cannot be followed right now"):
+        live.keys(after_pk=0)
+    eventually(lambda: not live.service.up)
+    assert live.service.buffer.settled_pk == old[-1]
+    new = live.write(datetime.now(UTC), 2)
+    mended = [other, Window(LAST, WindowSize.HOUR)]
+    pipeline.materialize(mended, settings=live.settings, changelog=live.log, lake=live.lake, force=True, allow_shrink=True)
+    live.reaches(new[-1])
+    assert live.keys(start=LAST) == [*old, *new]
+
+
+def test_no_key_is_reached_before_the_log_has_drawn_it(live: Followed) -> None:
+    old = live.write(LAST)
+    live.reaches(old[-1])
+    live.service._proved_pk = old[-1] + 1_000
+    new = live.write(datetime.now(UTC), 2)
+    live.reaches(new[-1])
+    assert live.service.buffer.settled_pk == new[-1]
+    assert live.keys(start=LAST) == [*old, *new]
+
+
+def test_a_log_that_was_emptied_begins_anew_for_everybody(live: Followed) -> None:
+    old = live.write(datetime.now(UTC), 5)
+    live.reaches(old[-1])
+    one = Follower(live.client, start=LAST)
+    eventually(lambda: one.keys == old)
+    begun = live.service.rounds.epoch
+    execute(live.url, "TRUNCATE core.tb_entity_change_log RESTART IDENTITY")
+    eventually(lambda: live.service.rounds.epoch != begun and live.service.up)
+    one.ended()
+    assert "rebuilt or replaced" in str(one.error)
+    new = live.write(datetime.now(UTC), 3)
+    live.reaches(new[-1])
+    assert live.keys(start=LAST) == new
+
+
+def test_what_is_published_leaves_memory_also_where_nobody_reads(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_module, "_LOOK_SECONDS", 0.05)
+    old = live.write(LAST, 3)
+    live.reaches(old[-1])
+    assert live.service.buffer.rows == 3
+    live.materialize(LAST)
+    eventually(lambda: live.service.buffer.rows == 0)
 
 
 @contextmanager
