@@ -261,14 +261,23 @@ class FrameStore:
         error: Exception | None = None
         try:
             for message in make():
-                # One reader is this thread.
-                if self._closed or (not keep_going and entry._readers == 1):
+                if self._closed or (not keep_going and self._is_unwanted(entry)):
                     raise _unwanted()
                 self._write(entry, message)
         except Exception as failure:  # noqa: BLE001 - it is raised again by every reader
             error = failure
         with self._lock:
             self._filled(entry, error)
+
+    def _is_unwanted(self, entry: Entry) -> bool:
+        """Whether nobody but the thread that fills it is left; nobody finds it any more then."""
+        if entry._readers > 1:
+            return False
+        with self._lock:
+            if entry._readers > 1:
+                return False
+            self._forget(entry)
+            return True
 
     def _write(self, entry: Entry, message: Message) -> None:
         while True:

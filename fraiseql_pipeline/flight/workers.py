@@ -113,25 +113,28 @@ class _Fleet:
         self.workers: list[_Worker] = []
         self.url = ""
 
-    def start(self, count: int) -> None:
-        """Start workers and wait until they listen. Raises ``SettingsError`` with the sentence of one that does not."""
+    def start(self, count: int, told: socket.socket) -> None:
+        """Start workers and wait until they listen, or a signal comes. Raises ``SettingsError`` with the sentence of one that does not."""
         launched = [self._launch() for _ in range(count)]
         # All of them first: a worker takes a second or two to load.
         for worker, _ in launched:
             self.workers.append(worker)
         for worker, report in launched:
+            ready = wait([report, told], _START_SECONDS)
+            if told in ready:
+                return
             try:
-                told = report.recv() if report.poll(_START_SECONDS) else None
+                said = report.recv() if ready else None
             except EOFError:
-                told = None
-            if not isinstance(told, str):
+                said = None
+            if not isinstance(said, str):
                 worker.process.kill()
                 raise (
-                    told
-                    if isinstance(told, SettingsError)
+                    said
+                    if isinstance(said, SettingsError)
                     else SettingsError("A Flight worker ended before it listened; see the log.")
                 )
-            self.url = told
+            self.url = said
 
     def _launch(self) -> tuple[_Worker, Connection]:
         ours, theirs = socket.socketpair()
@@ -188,7 +191,7 @@ def _supervise(settings: Settings, insecure: bool, started: Callable[[Started], 
         fleet = _Fleet(settings.model_copy(update={"arrow_flight_bind": address, "arrow_flight_ticket_key": key}), insecure)
         stack.callback(fleet.end)
         stack.callback(fleet.tell, signal.SIGTERM)
-        fleet.start(settings.arrow_flight_workers)
+        fleet.start(settings.arrow_flight_workers, told)
         registry, summed = CollectorRegistry(), CollectorRegistry()
         state = LakeState(Lake.of(settings))
         registry.register(state)
@@ -197,7 +200,8 @@ def _supervise(settings: Settings, insecure: bool, started: Callable[[Started], 
         metrics = _shown(
             stack, settings, (summed, registry), lambda: not draining.is_set() and bool(fleet.workers) and state.ready()
         )
-        started(Started(fleet.url, metrics))
+        if fleet.url:  # else a signal came before
+            started(Started(fleet.url, metrics))
         _tend(fleet, settings.arrow_flight_workers, directory, told)
         draining.set()
         fleet.tell(signal.SIGTERM)
@@ -225,7 +229,7 @@ def _tend(fleet: _Fleet, wanted: int, directory: Path, told: socket.socket) -> N
             again = time.monotonic() + fleet.bury(directory)
         elif missing:
             try:
-                fleet.start(missing)
+                fleet.start(missing, told)
             except SettingsError as error:
                 _log.error("a Flight worker did not start: %s", error)
                 again = time.monotonic() + _MAX_PAUSE_SECONDS

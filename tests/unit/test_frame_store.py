@@ -144,6 +144,32 @@ def test_a_reader_that_leaves_lets_what_is_small_be_finished_and_ends_the_rest(s
     assert store.figures().entries == 1
 
 
+def test_who_comes_while_frames_are_given_up_has_them_made_anew(store: FrameStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, deciding, come = threading.Event(), threading.Event(), threading.Event()
+    unwanted = module._unwanted
+
+    def make() -> Iterator[Message]:
+        yield message(b"a")
+        assert left.wait(30)
+        yield message(b"b")
+
+    def slowly() -> FlightUnavailable:
+        deciding.set()
+        assert come.wait(30)
+        return unwanted()
+
+    monkeypatch.setattr(module, "_unwanted", slowly)
+    entry = store.open("k", make, keep_going=False)
+    next(entry.items())
+    store.release(entry)
+    left.set()
+    assert deciding.wait(30)
+    later = store.open("k", make, keep_going=False)
+    come.set()
+    assert [later.read(item) for item in later.items()] == [b"a", b"b"]
+    store.release(later)
+
+
 def test_files_are_open_only_while_somebody_reads(store: FrameStore) -> None:
     def descriptors() -> int:
         return sum(1 for _ in Path("/proc/self/fd").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -307,6 +308,20 @@ def test_workers_killed_in_the_middle_of_a_stream_give_their_clients_an_error_an
             stream.read_all()
     eventually(lambda: read_or_none(url) == ROWS)
     assert not {worker.pid for worker in killed} & {worker.pid for worker in workers_of(process)}
+
+
+@pytest.mark.slow
+def test_a_stop_is_heard_while_a_worker_is_being_replaced(start: Start, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(new_token("app", None, ["read"])[1] + "\n")
+    process, _, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2", FRAISEQL_ARROW_FLIGHT_TOKENS_FILE=str(tokens))
+    tokens.unlink()
+    os.mkfifo(tokens)  # the next worker waits for somebody to write to it, for ever
+    before = workers_of(process)
+    before[0].kill()
+    eventually(lambda: bool({worker.pid for worker in workers_of(process)} - {worker.pid for worker in before}))
+    process.send_signal(signal.SIGTERM)
+    eventually(lambda: get(f"{metrics}/readyz")[0] == 503)
 
 
 @pytest.mark.slow
