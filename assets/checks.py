@@ -129,7 +129,8 @@ def _share(one: Materialization, settings: Settings) -> dg.AssetCheckResult:
         severity=dg.AssetCheckSeverity.WARN,
         metadata={
             "share": commit.quarantined_rows / commit.source_rows if commit.source_rows else 0.0,
-            "limits": f"warns above {halts * _WARN_AT:.2%}, halts above {halts:.2%}; {TOLERATED_ROWS} events are always tolerated",
+            "limits": f"warns above {halts * _WARN_AT:.2%}, halts above {halts:.2%}"
+            + (f"; {TOLERATED_ROWS} events are always tolerated" if halts else ""),
         },
     )
 

@@ -1,7 +1,7 @@
 """THE column table: what an event is, column by column, and every schema that follows from it.
 
 What lives here: ``COLUMNS`` and the schemas derived from it, and nothing that reads or writes. The SQL projection
-(``changelog/``), the validation rules (``validate.py``), the Delta schema (``lake.py``), the wire schema (``encoding.py``) and
+(``changelog/``), the validation rules (``validate.py``), the Delta schema (``lake/``), the wire schema (``encoding.py``) and
 the table in ``docs/`` are derived from this list; a column is added here and nowhere else.
 
 Source of the format: FraiseQL's change-log contract (`docs/architecture/change-log-contract.md` upstream) and its Arrow event

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fraiseql_pipeline.changelog.connection import TABLE
 from fraiseql_pipeline.event import EXTRACTED
 
 _TEXT = ("text", "character varying")
@@ -89,8 +88,3 @@ class Contract:
         if found != meant and _CASTS.get(found) == meant:
             return f'"{name}"::{meant}'
         return f'"{name}"'
-
-    @property
-    def relation(self) -> str:
-        """The change log under the current contract: a subquery to read ``FROM``. Planned as the table itself."""
-        return f"(SELECT {self.projection} FROM {TABLE}) AS changes"

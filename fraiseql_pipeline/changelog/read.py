@@ -53,19 +53,6 @@ GRACE_SECONDS = 2.0
 MAX_UNREADABLE = 100
 
 
-@contextmanager
-def read_window(
-    url: str, contract: Contract, window: Window, settled_pk: int, after_pk: int | None, settings: Settings
-) -> Iterator[Iterator[pa.RecordBatch]]:
-    """As ``Readers.read``, over connections of its own: for a single window."""
-    readers = Readers(url, settings)
-    try:
-        with readers.read(contract, window, settled_pk, after_pk) as batches:
-            yield batches
-    finally:
-        readers.close()
-
-
 class Readers:
     """Connections that read windows, kept open between them. Safe to use from several threads; owned and closed by a ``ChangeLog``.
 

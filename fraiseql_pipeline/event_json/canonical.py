@@ -266,10 +266,6 @@ def _mask(values: pa.Array) -> _Mask:
     return mask
 
 
-def _all(mask: pa.Array) -> bool:
-    return bool(pc.all(mask, min_count=0).as_py())
-
-
 def _matched(values: pa.Array, pattern: str, *columns: Callable[[pa.Array], pa.Array]) -> tuple[_Mask, list[pa.Array]]:
     """Which values match, and what ``columns`` make of each group of the pattern. Cheap because few values are distinct."""
     encoded = values.dictionary_encode()

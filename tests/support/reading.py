@@ -14,7 +14,7 @@ from psycopg.types.json import Jsonb
 
 from fraiseql_pipeline.changelog.connection import connect
 from fraiseql_pipeline.changelog.preflight import preflight
-from fraiseql_pipeline.changelog.read import Readers, read_window
+from fraiseql_pipeline.changelog.read import Readers
 from fraiseql_pipeline.event import BATCH_SCHEMA
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
@@ -65,8 +65,12 @@ def reading(
     """The batches of a window, over connections of their own."""
     with connect(url) as connection:
         contract = preflight(connection)
-    with read_window(url, contract, window, settled_pk, after_pk, Settings(**values)) as batches:
-        yield batches
+    readers = Readers(url, Settings(**values))
+    try:
+        with readers.read(contract, window, settled_pk, after_pk) as batches:
+            yield batches
+    finally:
+        readers.close()
 
 
 def read(url: str, window: Window = WINDOW, settled_pk: int = EVERYTHING, after_pk: int | None = None, **values: Any) -> pa.Table:
