@@ -7,6 +7,8 @@ Invariants
     writers are deleted. Rows are never touched; what lost rows is named so that it can be materialized again.
  2. An entry is reported torn only if it cannot be read whole: entries written here are fsynced before they get their number, so a torn one comes from
     another writer or from the disk.
+ 3. The two tables are judged on one state of both: what is found while a run moves them is looked at again before it is reported.
+ 4. Nothing is moved or deleted in an object store: there a remedy says what to do with the store's own tools.
 """
 
 from __future__ import annotations
@@ -30,8 +32,12 @@ from fraiseql_pipeline.window import Window
 
 _ENTRY = re.compile(rf"{LOG}/(\d{{20}})\.json")
 _CHECKPOINT = re.compile(rf"{LOG}/(\d{{20}})\.checkpoint\.parquet")
-#: Younger leftovers may belong to a writer at work.
-_LEFTOVER_SECONDS = 3600.0
+#: Younger leftovers may belong to a writer at work: a file's time is that of its last row, and a long window's first files wait for its last.
+_LEFTOVER_SECONDS = 86_400.0
+#: How often both tables are looked at until they stand still; then only what every look found is reported.
+_LOOKS = 4
+#: What takes the place of a torn entry by hand.
+_EMPTY_ENTRY = '{"commitInfo":{}}'
 
 
 def examine(events: Table, quarantine: Table, *, repair: bool = False) -> list[Finding]:
@@ -39,27 +45,51 @@ def examine(events: Table, quarantine: Table, *, repair: bool = False) -> list[F
     findings: list[Finding] = []
     for table in (quarantine, events):
         findings += _Log(table, repair).findings()
-    events, quarantine = events.reopened(), quarantine.reopened()
+    return findings + _content_findings(events.reopened(), quarantine.reopened())
+
+
+def _content_findings(events: Table, quarantine: Table) -> list[Finding]:
+    always: list[Finding] | None = None
+    for _ in range(_LOOKS):
+        at, found = _look(events, quarantine)
+        always = found if always is None else [f for f in always if f in found]
+        if not found or at == _state(events, quarantine):
+            return found
+    return always or []
+
+
+def _state(events: Table, quarantine: Table) -> tuple[object, ...] | None:
+    """Equal as long as nobody commits; ``None`` where a table cannot be read."""
+    try:
+        return tuple((table.refresh(), table.generation, table.version) for table in (quarantine, events))
+    except LakeError:
+        return None
+
+
+def _look(events: Table, quarantine: Table) -> tuple[tuple[object, ...] | None, list[Finding]]:
+    at, findings = _state(events, quarantine), list[Finding]()
     for table in (quarantine, events):
         try:
             if table.refresh():
                 findings += _file_findings(table)
         except LakeDamaged as error:
-            findings.append(Finding(table.name, "unreadable", LOG, str(error), "Repair the log first (fsck --repair)."))
-            return findings
+            remedy = (
+                "Repair the log first (fsck --repair)." if table.storage.local else "Repair the log first, then run fsck again."
+            )
+            return at, [*findings, Finding(table.name, "unreadable", LOG, str(error), remedy)]
         except LakeError as error:
-            findings.append(Finding(table.name, "unreadable", LOG, str(error), "Deal with this first, then run fsck again."))
-            return findings
+            remedy = "Deal with this first, then run fsck again."
+            return at, [*findings, Finding(table.name, "unreadable", LOG, str(error), remedy)]
     if events.exists:
         findings += _window_findings(events, quarantine)
-    return findings
+    return at, findings
 
 
 class _Log:
     def __init__(self, table: Table, repair: bool) -> None:
         self._table = table
         self._storage = table.storage
-        self._repair = repair and isinstance(table.storage, LocalStorage)
+        self._repaired = table.storage if repair and isinstance(table.storage, LocalStorage) else None
         self._names = table.storage.names(LOG)
 
     def findings(self) -> Iterator[Finding]:
@@ -81,18 +111,21 @@ class _Log:
         name = entry_name(version)
         problem = f"Entry {version} of the log is {'empty' if not self._names[name] else 'torn'}."
         if tip:
-            remedy = "Move it aside (fsck --repair); its commit was never acknowledged, run the last materializations again."
+            how = self._how("Move it aside (fsck --repair)", "Delete it")
+            remedy = f"{how}; its commit was never acknowledged, run the last materializations again."
         else:
-            remedy = (
-                "Replace it by an empty entry (fsck --repair keeps the torn one); then materialize the windows that fsck names."
-            )
-        if self._repair and isinstance(self._storage, LocalStorage):
-            self._storage.move_aside(name)
+            how = self._how("Replace it by an empty entry (fsck --repair keeps the torn one)", f"Put {_EMPTY_ENTRY} in its place")
+            remedy = f"{how}; then materialize the windows that fsck names."
+        if self._repaired is not None:
+            self._repaired.move_aside(name)
             if not tip:
                 now_ms = time.time_ns() // 1_000_000
                 info = {"commitInfo": {"timestamp": now_ms, "operation": "FSCK REPAIR", "operationParameters": {}}}
-                self._storage.link_entry(version, json.dumps(info).encode())
-        return self._finding("torn_entry", name, problem, remedy, repaired=self._repair)
+                self._repaired.link_entry(version, json.dumps(info).encode())
+        return self._finding("torn_entry", name, problem, remedy)
+
+    def _how(self, here: str, in_a_store: str) -> str:
+        return here if self._storage.local else f"{in_a_store} with the object store's own tools (keep a copy)"
 
     def _checkpoints(self) -> Iterator[Finding]:
         named = self._storage.read(f"{LOG}/_last_checkpoint")
@@ -101,41 +134,31 @@ class _Log:
                 with pq.ParquetFile(self._storage.open(name)) as checkpoint:
                     checkpoint.read(columns=["protocol"])
             except (OSError, pa.ArrowException):
-                if self._repair:
-                    self._storage.move_aside(name)
-                    self._storage.delete(f"{LOG}/_last_checkpoint")
-                yield self._finding(
-                    "torn_checkpoint",
-                    name,
-                    "A checkpoint cannot be read.",
-                    "Move it aside (fsck --repair); every entry is still there.",
-                    repaired=self._repair,
-                )
+                if self._storage.size(name) is None:  # maintain dropped it meanwhile
+                    continue
+                if self._repaired is not None:
+                    self._repaired.move_aside(name)
+                    self._repaired.delete(f"{LOG}/_last_checkpoint")
+                how = self._how("Move it aside (fsck --repair)", f"Delete it and {LOG}/_last_checkpoint")
+                yield self._finding("torn_checkpoint", name, "A checkpoint cannot be read.", f"{how}; every entry is still there.")
         if named is not None and not _whole(named):
-            if self._repair:
-                self._storage.delete(f"{LOG}/_last_checkpoint")
-            yield self._finding(
-                "torn_checkpoint",
-                f"{LOG}/_last_checkpoint",
-                "The pointer to the checkpoint is torn.",
-                "Remove it (fsck --repair).",
-                repaired=self._repair,
-            )
+            if self._repaired is not None:
+                self._repaired.delete(f"{LOG}/_last_checkpoint")
+            how = self._how("Remove it (fsck --repair)", "Delete it")
+            yield self._finding("torn_checkpoint", f"{LOG}/_last_checkpoint", "The pointer to the checkpoint is torn.", f"{how}.")
 
     def _leftovers(self) -> Iterator[Finding]:
         old = time.time() - _LEFTOVER_SECONDS
         for name in sorted(name for name, at in self._storage.staged().items() if at < old):
-            if self._repair:
-                self._storage.delete(name)
+            if self._repaired is not None:
+                self._repaired.delete(name)
             yield self._finding(
-                "leftover",
-                name,
-                "A writer died and left this behind; no reader sees it.",
-                "Delete it (fsck --repair).",
-                repaired=self._repair,
+                "leftover", name, "A writer died and left this behind; no reader sees it.", "Delete it (fsck --repair)."
             )
 
-    def _finding(self, kind: str, subject: str, problem: str, remedy: str, *, repaired: bool = False) -> Finding:
+    def _finding(self, kind: str, subject: str, problem: str, remedy: str) -> Finding:
+        """Everything but a missing entry is repaired by now if it was asked."""
+        repaired = self._repaired is not None and kind != "missing_entry"
         return Finding(self._table.name, kind, subject, problem, remedy, repaired)
 
 
@@ -186,7 +209,7 @@ def _window_findings(events: Table, quarantine: Table) -> Iterator[Finding]:
                 "pair",
                 window.key,
                 pair,
-                "Materialize the window again; a run was interrupted between its two commits.",
+                "If no run is at work on it now, materialize it again with --force.",
             )
 
 

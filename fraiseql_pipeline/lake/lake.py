@@ -80,7 +80,8 @@ class Lake:
     def commit(
         self, staged: Staged, facts: Facts, *, force: bool = False, allow_shrink: bool = False, append: bool = False
     ) -> Commit:
-        """Publish what was staged as the whole window, or with ``append`` merge it into the published one (late events).
+        """Publish what was staged as the whole window, or with ``append`` merge it into the published one (late events);
+        ``force`` takes these from a source of another identity too.
 
         The outcome is ``published`` (first time), ``replaced``, ``merged``, ``unchanged`` (the same content is there: nothing was committed,
         unless ``force``) or ``skipped`` (a commit of a higher settled pk is there). Done means durable.
@@ -88,9 +89,10 @@ class Lake:
         Raises ``LakeConflict`` (retryable) when other writers won every race, ``WindowShrinks``, ``LakeDamaged``, ``LakeUnavailable``
         (retryable) and ``LakeError``; then the window is as it was.
         """
-        return Publisher(
-            self.events, self.quarantine, staged, facts, force=force, allow_shrink=allow_shrink, append=append
-        ).publish()
+        with storage_errors(f"publishing {staged.window}"):
+            return Publisher(
+                self.events, self.quarantine, staged, facts, force=force, allow_shrink=allow_shrink, append=append
+            ).publish()
 
     def published(self, start: datetime | None = None, end: datetime | None = None) -> dict[Window, Commit]:
         """The newest commit of every published window that touches [start, end), oldest window first. Empty if there is no table.
@@ -127,7 +129,8 @@ class Lake:
             if not self.events.refresh():
                 raise LakeEmpty("Nothing is published in the lake yet; run fraiseql-pipeline materialize first.")
             if version is not None and version != self.events.version:
-                return Snapshot(version, _by_time(self.events.files_at(version)), {}, self.events.storage, self.events.generation)
+                files = _by_time(self.events.files_at(version))
+                return Snapshot(version, files, self.events.published_at(version), self.events.storage, self.events.generation)
             with self._lock:
                 at, kept = (self.events.generation, self.events.version), self._snapshot
                 if kept is None or (kept.generation, kept.version) != at:
@@ -155,13 +158,13 @@ class Lake:
                 return iter(())
         return self.snapshot(version).read(start, end, columns=columns, entity_types=entity_types)
 
-    def quarantined(self, window: Window) -> pa.Table:
-        """The rejected rows of a window as ``QUARANTINE_SCHEMA``, ordered by pk; empty if there are none."""
+    def quarantined(self, window: Window, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rejected rows of a window as ``QUARANTINE_SCHEMA``, or some of its columns, ordered by pk; empty if there are none."""
         with self.quarantine.lock:
             files = (
                 [file for file in self.quarantine.active() if file.touches(*micros(window))] if self.quarantine.refresh() else []
             )
-        return read_rejected(self.quarantine.storage, files, window)
+        return read_rejected(self.quarantine.storage, files, window, columns)
 
     def fsck(self, repair: bool = False) -> list[Finding]:
         """What is broken and how to repair it; with ``repair`` the safe repairs are made. Empty means sound."""
@@ -177,7 +180,8 @@ class Lake:
         compact: bool = True,
     ) -> Maintenance:
         """Compact days that ended before ``now - horizon``, delete files older than the retention that no version needs, checkpoint."""
-        return maintain((self.events, self.quarantine), now, horizon=horizon, retention=retention, compact=compact)
+        with storage_errors("maintaining the lake"):
+            return maintain((self.events, self.quarantine), now, horizon=horizon, retention=retention, compact=compact)
 
 
 def _by_time(files: Iterable[File]) -> tuple[File, ...]:

@@ -12,6 +12,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -115,7 +116,8 @@ def _commit(table: Table, day: str, old: list[File], new: list[NewFile], rows: i
                 )
             return True
     for file in new if table.storage.local else []:  # an object store may have taken a commit it reported as failed
-        table.storage.delete(file.path)
+        with suppress(OSError):  # or vacuum finds it later
+            table.storage.delete(file.path)
     return False
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fraiseql_pipeline.errors import LakeUnavailable
 from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage, storage_errors
 
 #: Rows per row group: one Flight batch of the cache, and small enough that 400 MB hold a writer and a reader.
@@ -115,18 +116,25 @@ class FileWriter:
         return self.files
 
     def abort(self) -> None:
-        """Give up: close without finishing and delete every file of this writer that was not renamed in."""
+        """Give up: close without finishing and delete every file of this writer that was not renamed in.
+
+        Never raises: what cannot be deleted is left to ``maintain``.
+        """
         if self._sink is not None:
             if self._writer is not None:
                 self._writer.is_open = False  # or it would write a footer when it is collected
                 self._writer = None
             with suppress(OSError):  # the disk may be full: that may be why we are here
                 self._storage.close_staged(self._staged, self._sink)
-            self._storage.delete(self._staged)
             self._sink = None
+            self._drop(self._staged)
         for file in self.files:
-            self._storage.delete(file.staged)
+            self._drop(file.staged)
         self.files = []
+
+    def _drop(self, staged: str) -> None:
+        with suppress(OSError, LakeUnavailable):  # no reader sees it: what brought us here matters more
+            self._storage.delete(staged)
 
     def _flush(self, rows: int) -> None:
         table = pa.Table.from_batches(self._pending, self._schema)

@@ -8,7 +8,8 @@ Invariants
  2. A window never goes back unasked: neither table takes content of a lower settled pk of the same source than it has, but with ``force``.
  3. Everything is decided on the state that the commit succeeds (compare-and-swap), so no decision is stale. After a lost race all of it
     is decided again; after ``ATTEMPTS`` the run fails with ``LakeConflict`` and nothing is changed.
- 4. A replacement removes exactly the rows of its window. A file that also holds other rows is rewritten in the same commit.
+ 4. A replacement removes exactly the rows of its window. A file that also holds other rows is rewritten in the same commit. With ``force``
+    neither the log nor the files are trusted: both tables are written anew, and files that cannot be read are removed as they are.
  5. A merge adds rows above the published settled pk only, and counts them onto what is there.
  6. Equal content of the same source commits nothing, whatever the settled pk: no event lies between the two pks, so the older one still finds
     every late event. It is recorded when a provisional window becomes sealed, and when the source's identity changes.
@@ -34,7 +35,7 @@ from fraiseql_pipeline.lake.facts import Commit, Facts, Outcome
 from fraiseql_pipeline.lake.parquet import NewFile
 from fraiseql_pipeline.lake.rewrite import Rewriter
 from fraiseql_pipeline.lake.staging import Staged
-from fraiseql_pipeline.lake.table import Table
+from fraiseql_pipeline.lake.table import Table, micros
 from fraiseql_pipeline.window import Window, WindowSize
 
 #: 4 processes that replaced one window 25 times each as fast as they could lost 113 races for 100 commits.
@@ -56,7 +57,7 @@ class Publisher:
         self._allow_shrink = allow_shrink
         self._append = append
         self._window = staged.window
-        self._rewriter = Rewriter(staged.window)
+        self._rewriter = Rewriter(staged.window, force and not append)
         self._tried: Commit | None = None
 
     def publish(self) -> Commit:
@@ -116,8 +117,11 @@ class Publisher:
         if self._append:
             if current is None:
                 raise LakeError(f"Late events cannot be merged into {self._window}: it is not published; materialize it.")
-            if current.identity != facts.identity:
-                raise LakeError(f"Late events of another source cannot be merged into {self._window}; materialize it again.")
+            if current.identity != facts.identity and not self._force:
+                raise LakeError(
+                    f"Late events of another source cannot be merged into {self._window}; materialize it again, or add them with"
+                    " `late --force` if the change log is the same, taken over by a standby."
+                )
             if facts.settled_pk <= current.settled_pk:
                 return "skipped"
             if staged.lowest_pk is not None and staged.lowest_pk <= current.settled_pk:
@@ -207,14 +211,21 @@ class Publisher:
         if held is None and not commit.quarantined_rows and not table.files_touching(self._window):
             return True, None
         held_hash = held.quarantine_hash if held is not None else ""
-        if held is not None and (held_hash, held.quarantined_rows) == (commit.quarantine_hash, commit.quarantined_rows):
+        stands = held is not None and (held_hash, held.quarantined_rows) == (commit.quarantine_hash, commit.quarantined_rows)
+        if held is not None and stands and (self._append or not (self._force or self._crowded(commit))):
             return True, held.table_version
-        if held is not None and held.identity == commit.identity and held.settled_pk > commit.settled_pk and not self._force:
+        asked_back = self._force and not self._append
+        if held is not None and held.identity == commit.identity and held.settled_pk > commit.settled_pk and not asked_back:
             return False, None  # a newer run is between its two commits: wait for it
         adds, removes = self._staged.quarantine_files(), list[File]()
         if not self._append:
             extra, removes = self._rewriter.plan(table)
-            adds = [*adds, *extra]
+            # What an earlier try of this very call brought in stays.
+            mine, present = {f.path for f in adds}, table.files.get(self._window.start.date().isoformat(), {})
+            adds = [*(f for f in adds if f.path not in present), *extra]
+            removes = [f for f in removes if f.path not in mine]
+            if held is not None and stands and not adds and not removes:
+                return True, held.table_version
         elif current is not None and held_hash != current.quarantine_hash:
             if held is not None and held.outcome != "merged":
                 raise LakeError(
@@ -228,6 +239,14 @@ class Publisher:
         if version is not None:
             table.checkpoint_if_due()
         return version is not None, version
+
+    def _crowded(self, commit: Commit) -> bool:
+        """Whether the log counts other rows of the window than the commit: an hour was published between the two commits of its day."""
+        start, end = micros(self._window)
+        files = self._quarantine.files_touching(self._window)
+        if any(f.rows is None or not f.within(start, end) for f in files):
+            return False  # compacted with others: nobody can tell without reading
+        return sum(f.rows or 0 for f in files) != commit.quarantined_rows
 
 
 def _chained(before: str, added: str) -> str:

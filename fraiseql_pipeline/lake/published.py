@@ -85,6 +85,14 @@ class Published:
             self._current = current(self._windows)
         return self._current
 
+    def at(self, version: int) -> dict[Window, Commit]:
+        """As ``current`` gave them at an older version. Reads those entries up to it that are no window's newest by now."""
+        self.current()
+        known = {key: commit for key, commit in self._windows.items() if commit.table_version <= version}
+        older = Published(self._storage, self._name)
+        older._read_entries(sorted({*range(version + 1)} - {commit.table_version for commit in known.values()}))
+        return current(older._windows | known)
+
     def newest(self) -> Commit | None:
         """The latest commit of a window, looked for among the latest entries."""
         if not self._complete and self._opened is not None:

@@ -50,7 +50,7 @@ class Opens(Protocol):
 class Snapshot:
     """One version of ``events``: its files with exact row counts, and the windows published up to it.
 
-    ``files`` are ordered by their first timestamp; ``published`` maps windows to their commits (empty for a version of the past).
+    ``files`` are ordered by their first timestamp; ``published`` maps windows to their commits of then.
     ``generation``: another one after the lake was replaced, whose versions are other versions.
     """
 
@@ -88,14 +88,32 @@ class Snapshot:
         return sweep.run(self.files_in(start, end))
 
 
-def read_rejected(storage: Opens, files: Iterable[File], window: Window) -> pa.Table:
-    """The rows of one window out of files of ``events_quarantine``, as ``QUARANTINE_SCHEMA``, ordered by pk."""
-    tables = [QUARANTINE_SCHEMA.empty_table()]
+def read_rejected(storage: Opens, files: Iterable[File], window: Window, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one window out of files of ``events_quarantine``, ordered by pk: ``columns`` of ``QUARANTINE_SCHEMA``, all by default.
+
+    A compacted file has the rows of a whole day: only the row groups that may hold the window's are read, one at a time.
+    """
+    names = QUARANTINE_SCHEMA.names if columns is None else list(columns)
+    if unknown := [n for n in names if n not in QUARANTINE_SCHEMA.names]:
+        raise InputError(f"Unknown columns {unknown}; the quarantine has {', '.join(QUARANTINE_SCHEMA.names)}.")
+    schema = pa.schema([f for f in QUARANTINE_SCHEMA if f.name in {*names, "pk", "window_key"}])
+    tables = [schema.empty_table()]
     for file in files:
         with file_errors(file), storage.open(file.path) as opened:
-            tables.append(_conformed(pq.ParquetFile(opened).read(), file, QUARANTINE_SCHEMA))
-    found = pa.concat_tables(tables)
-    return found.filter(pc.equal(found["window_key"], window.key)).sort_by("pk")
+            source = pq.ParquetFile(opened)
+            present = [n for n in schema.names if n in source.schema_arrow.names]
+            for index in range(source.num_row_groups):
+                if _may_hold(source.metadata, index, window.key):
+                    group = source.read_row_group(index, columns=present)
+                    tables.append(_conformed(group.filter(pc.equal(group["window_key"], window.key)), file, schema))
+    return pa.concat_tables(tables).sort_by("pk").select(names)
+
+
+def _may_hold(footer: pq.FileMetaData, group: int, key: str) -> bool:
+    columns = footer.row_group(group)
+    at = next(i for i in range(footer.num_columns) if footer.schema.column(i).path == "window_key")
+    stats = columns.column(at).statistics
+    return stats is None or not stats.has_min_max or bool(stats.min <= key <= stats.max)
 
 
 def to_micros(at: datetime) -> int:

@@ -29,10 +29,15 @@ class Rewriter:
     """Plans the removal of one window's rows; a file is rewritten once, however many attempts the commit takes."""
 
     window: Window
+    force: bool = False
     _rewritten: dict[tuple[str, int | None], list[NewFile] | None] = field(default_factory=dict)
 
     def plan(self, table: Table, above_pk: int | None = None) -> tuple[list[NewFile], list[File]]:
-        """(files to add, files to remove) after which the table holds no row of the window, or none above a pk."""
+        """(files to add, files to remove) after which the table holds no row of the window, or none above a pk.
+
+        With ``force`` a file that is missing or torn is removed as it is: the rows of other windows that it held are lost already, and
+        ``fsck`` names these windows.
+        """
         start, end = micros(self.window)
         adds: list[NewFile] = []
         removes: list[File] = []
@@ -54,6 +59,7 @@ class Rewriter:
         # What lies before and after the window goes to files of its own: one file around it would be in the way of the next replacement.
         writers = [FileWriter(table.storage, table.schema, file.date, "rest", ordered=False) for _ in range(3)]
         rows = gone = 0
+        read = False
         try:
             with file_errors(file), pq.ParquetFile(table.storage.open(file.path)) as source:
                 for batch in source.iter_batches(batch_size=_BATCH_ROWS):
@@ -67,7 +73,8 @@ class Rewriter:
                         writers[1].write(conformed(batch.filter(pc.and_not(inside, leaving)), table.schema))
                     writers[0].write(conformed(batch.filter(before), table.schema))
                     writers[2].write(conformed(batch.filter(after), table.schema))
-            if file.rows is not None and file.rows != rows:
+            read = True
+            if file.rows is not None and file.rows != rows and not self.force:
                 raise LakeDamaged(
                     f"A data file of {table.name} on {file.date} holds {rows} rows, the log says {file.rows}; run fsck."
                 )
@@ -79,6 +86,10 @@ class Rewriter:
             table.storage.rename_in({f.staged: f.path for f in files})
             writers = []
             return files
+        except LakeDamaged:
+            if read or not self.force:
+                raise
+            return []
         finally:
             for writer in writers:
                 writer.abort()

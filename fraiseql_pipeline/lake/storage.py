@@ -20,12 +20,14 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from fraiseql_pipeline.errors import LakeDamaged, LakeError, LakeUnavailable, SettingsError
@@ -34,6 +36,8 @@ LOG = "_delta_log"
 STAGING = "_staging"
 #: A log entry before it gets its number: ours, delta-rs's.
 _ASIDE = re.compile(rf"{LOG}/(\..*\.tmp|\d{{20}}\.json#\d+)")
+#: What ``link`` fails with where there are no hard links: exFAT, some network and FUSE filesystems.
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 #: What one request of an object store brings at most.
 _PIECE_BYTES = 16 << 20
 
@@ -64,11 +68,28 @@ def storage_errors(doing: str) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else _first_line(error)
         hint = "free some space and run it again" if error.errno == errno.ENOSPC else "check the storage and run it again"
         raise LakeUnavailable(f"The lake's storage failed while {doing}: {reason}; {hint}.") from None
+    except DeltaError as error:
+        raise LakeUnavailable(f"The lake's storage failed while {doing} ({type(error).__name__}); run it again.") from None
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].split(" at ")[0][:120] if text else type(error).__name__
+    """The beginning of what an error says: up to the first word that may be a path or an address."""
+    lines = str(error).strip().splitlines()
+    words = takewhile(lambda word: "/" not in word, lines[0].split(" at ")[0].split() if lines else [])
+    return " ".join(words)[:120] or type(error).__name__
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """The store's errors while an object is fetched: outside, nobody could tell them from pyarrow's about torn content."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise LakeUnavailable(
+            f"The lake's storage failed while reading a file: {_first_line(error)}; check the storage and run it again."
+        ) from None
 
 
 class LocalStorage:
@@ -152,6 +173,15 @@ class LocalStorage:
         if created:
             _fsync(self.root)
 
+    def sync_parents(self) -> None:
+        """Make the directories durable that lead to the table, whoever made them: as far up as they are on its filesystem."""
+        device = os.stat(self.root).st_dev
+        for directory in self.root.parents:
+            if os.stat(directory).st_dev != device:
+                return
+            with suppress(PermissionError):  # one that we may only pass through was there before
+                _fsync(directory)
+
     def delete(self, name: str) -> None:
         path = self.root / name
         if path.is_dir():
@@ -169,13 +199,24 @@ class LocalStorage:
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                os.link(aside, final)
+                _link(aside, final)
             except FileExistsError:
                 return False
         finally:
             aside.unlink(missing_ok=True)
         _fsync(self.root / LOG)
         return True
+
+    def check_links(self) -> None:
+        """Raise ``LakeError`` if the filesystem makes no hard links."""
+        names = [self.root / LOG / f".link-{uuid.uuid4().hex}.{end}.tmp" for end in ("from", "to")]
+        names[0].parent.mkdir(parents=True, exist_ok=True)
+        try:
+            names[0].touch()
+            _link(*names)
+        finally:
+            for name in names:
+                name.unlink(missing_ok=True)
 
     def sync_log(self, names: list[str]) -> None:
         """Make log files that somebody else wrote without fsync (delta-rs's checkpoints) durable."""
@@ -252,7 +293,7 @@ class ObjectStorage:
         Not delta-rs's file object: pyarrow's threads would call back into Python for every column, and a process that ends right after a
         read aborts when one of them lets go of the file too late (4 of 10 runs, with or without ``pre_buffer``).
         """
-        with self._files.open_input_file(name) as file:
+        with _reading(), self._files.open_input_file(name) as file:
             content = pa.allocate_buffer(file.size())
             view = memoryview(content).cast("B") if content.size else memoryview(b"")
             for start in range(0, content.size, _PIECE_BYTES):
@@ -264,7 +305,8 @@ class ObjectStorage:
 
     def open_footer(self, name: str) -> pa.NativeFile:
         """For the metadata of a Parquet file, without fetching its rows."""
-        return self._files.open_input_file(name)
+        with _reading():
+            return self._files.open_input_file(name)
 
     def stage(self, final: str) -> tuple[str, pa.NativeFile]:
         """Open a new object for writing, under its final name: nobody looks for it before the log names it."""
@@ -286,8 +328,11 @@ class ObjectStorage:
     def sync_log(self, names: list[str]) -> None:
         del names
 
-    def move_aside(self, name: str) -> str:
-        raise LakeError(f"{name.rsplit('/', 1)[-1]} must be removed with the object store's own tools; keep a copy.")
+    def sync_parents(self) -> None:
+        return
+
+    def check_links(self) -> None:
+        return
 
 
 class _Handler(DeltaStorageHandler):
@@ -313,6 +358,18 @@ class _BytesOnly:
         if not self.closed:
             self.closed = True
             self._stream.close()
+
+
+def _link(aside: Path, final: Path) -> None:
+    try:
+        os.link(aside, final)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise LakeError(
+            "The lake's filesystem makes no hard links, so two writers could take the same version; nothing was committed."
+            " Put the lake on a filesystem that has them, or in an object store."
+        ) from None
 
 
 def _fsync(path: Path) -> None:

@@ -159,10 +159,12 @@ class Table:
             )
         except (DeltaError, OSError) as error:
             if self._open() is None:
+                self.storage.check_links()
                 raise LakeUnavailable(
                     f"The table {self.name} cannot be created ({type(error).__name__}); check the storage."
                 ) from None
         self.storage.sync_log([entry_name(0)])
+        self.storage.sync_parents()
 
     def _configuration(self) -> Mapping[str, str | None]:
         logged = ",".join(c for c in LOGGED if c in self.schema.names)
@@ -307,6 +309,11 @@ class Table:
         """The newest commit of every window, oldest window first, without hours that a later commit of their day replaced."""
         with self.lock:
             return self._known.current()
+
+    def published_at(self, version: int) -> dict[Window, Commit]:
+        """The same at an older version: each window with its commit of then."""
+        with self.lock:
+            return self._known.at(version)
 
     def newest(self) -> Commit | None:
         """The latest commit of a window. What was published before it, perhaps from a source that has been restored since, says nothing."""

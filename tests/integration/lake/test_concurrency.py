@@ -114,6 +114,44 @@ def test_a_writer_that_loses_a_race_decides_again(lake: Lake, monkeypatch: pytes
     assert content(lake, HOUR).num_rows == 300
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_day_that_one_of_its_hours_overtook_quarantines_each_row_once(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    day, commit, races = Window.parse("2026-11-01"), lake.events.commit, []
+    publish(lake, Window.parse("2026-10-30"), 5)
+
+    def beaten(*args: object, **options: object) -> object:
+        if not races:  # an hourly run between the two commits of the day
+            races.append(publish(Lake(lake.uri), HOUR, 100, 3))
+        return commit(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lake.events, "commit", beaten)
+    assert publish(lake, day, lake_events(day, 100), quarantine_events(day, 3), force=force).outcome == "published"
+    assert races
+    assert lake.quarantined(day).num_rows == 3
+    assert lake.quarantined(HOUR).num_rows == 0
+    assert lake.fsck() == []
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_forced_retry_keeps_what_its_first_try_quarantined(lake: Lake, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    publish(lake, HOUR, 100, 2)
+    other, commit, races = Window(HOUR.end, HOUR.size), lake.events.commit, []
+
+    def beaten(*args: object, **options: object) -> object:
+        if not races:
+            races.append(publish(Lake(lake.uri), other, 100, 3))
+        return commit(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lake.events, "commit", beaten)
+    assert publish(lake, HOUR, 100, rows, force=True, allow_shrink=True).outcome == "replaced"
+    assert races
+    assert lake.quarantine.version == 3, "one entry per window and publication"
+    assert rejected(lake, HOUR).num_rows == rows
+    assert lake.fsck() == []
+
+
 def test_lost_races_are_counted_and_then_given_up(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(lake, HOUR, 100)
     monkeypatch.setattr(publishing, "ATTEMPTS", 3)

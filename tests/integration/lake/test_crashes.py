@@ -153,6 +153,16 @@ def test_data_reaches_the_disk_before_its_entry_and_the_entry_before_its_number(
     ]
 
 
+def test_a_new_lake_is_durable_with_every_directory_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd))[1])
+    publish(Lake(str(tmp_path / "made" / "by us" / "lake")), HOUR, 10, 2)
+    first = next(at for at, name in enumerate(synced) if re.search(r"\d{20}\.json\.\w+\.tmp", name))
+    above = {str(tmp_path / path) for path in (".", "made", "made/by us", "made/by us/lake")}
+    assert above <= set(synced[:first]), "before the first window gets its number"
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_the_kernel_sees_every_fsync_before_the_commit_returns(lake: Lake, tmp_path: Path) -> None:
     trace = tmp_path / "trace"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from fraiseql_pipeline.lake import Finding, Lake
+from fraiseql_pipeline.errors import LakeDamaged
+from fraiseql_pipeline.lake import Facts, Finding, Lake, fsck
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
-from tests.support.lakes import content, publish
+from tests.support.lakes import PK, SETTLED_AT, content, publish, quarantine_events, rejected
 
 HOUR = Window.parse("2026-11-01-13:00")
 HOURS = [Window(HOUR.start + timedelta(hours=h), HOUR.size) for h in range(4)]
@@ -97,6 +101,77 @@ def test_a_quarantine_that_does_not_fit_is_named(filled: Lake) -> None:
     DeltaTable(filled.quarantine_uri).delete(f"window_key = '{HOURS[2].key}'")
     assert [(f.kind, f.subject) for f in filled.fsck()] == [("pair", HOURS[2].key)]
     assert publish(filled, HOURS[2], 100, 2, force=True).outcome == "replaced"
+    assert filled.fsck() == []
+    assert rejected(filled, HOURS[2]).num_rows == 2
+
+
+def damage(file: Path, how: str) -> None:
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("how", ["missing", "torn"])
+def test_force_brings_a_damaged_quarantine_back(filled: Lake, how: str) -> None:
+    damage(sorted(Path(filled.quarantine_uri).rglob("*.parquet"))[1], how)
+    assert filled.fsck() != []
+    for hour in HOURS:
+        assert publish(Lake(filled.uri), hour, 100, 2, force=True).outcome == "replaced"
+    assert filled.fsck() == []
+    assert [filled.quarantined(hour).num_rows for hour in HOURS] == [2] * 4
+
+
+def test_force_leaves_each_rejected_row_once(filled: Lake) -> None:
+    write_deltalake(DeltaTable(filled.quarantine_uri), quarantine_events(HOURS[1], 2), mode="append")
+    assert kinds(filled.fsck()) == {("events_quarantine", "pair")}
+    publish(filled, HOURS[1], 100, 2, force=True)
+    assert filled.fsck() == []
+    assert rejected(filled, HOURS[1]).num_rows == 2
+
+
+@pytest.mark.parametrize("how", ["missing", "torn"])
+@pytest.mark.parametrize("table", ["events", "events_quarantine"])
+def test_a_damaged_compacted_file_comes_back_by_what_fsck_tells(filled: Lake, table: str, how: str) -> None:
+    filled.maintain(HOUR.end + timedelta(days=5))
+    damage(next(Path(filled.uri, table).rglob("day-*.parquet")), how)
+    with pytest.raises(LakeDamaged):
+        publish(Lake(filled.uri), HOURS[0], lake_events(HOURS[0], 110, 1), 3)
+
+    while found := [f.subject for f in Lake(filled.uri).fsck() if f.kind in {"window_rows", "pair"}]:
+        publish(Lake(filled.uri), Window.parse(found[0]), 100, 2, force=True)
+
+    assert Lake(filled.uri).fsck() == []
+    assert [content(filled, hour).equals(lake_events(hour, 100)) for hour in HOURS] == [True] * 4
+    assert [rejected(filled, hour).num_rows for hour in HOURS] == [2] * 4
+
+
+def test_a_run_beside_fsck_is_no_defect(filled: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, runs = fsck._file_findings, []
+
+    def beside(table: Table) -> Iterator[Finding]:
+        yield from look(table)
+        if table.name == "events_quarantine" and not runs:
+            runs.append(publish(Lake(filled.uri), Window(HOURS[3].end, HOUR.size), 50, 3))
+
+    monkeypatch.setattr(fsck, "_file_findings", beside)
+    assert filled.fsck() == []
+    assert runs
+
+
+def test_a_defect_is_found_beside_runs_that_never_pause(filled: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    DeltaTable(filled.events_uri).delete(
+        f"timestamp >= '{HOURS[1].start.isoformat()}' AND timestamp < '{HOURS[1].end.isoformat()}'"
+    )
+    look, later = fsck._file_findings, (Window(HOURS[3].end + timedelta(hours=h), HOUR.size) for h in range(9))
+
+    def beside(table: Table) -> Iterator[Finding]:
+        yield from look(table)
+        if table.name == "events_quarantine":
+            publish(Lake(filled.uri), next(later), 50, 3)
+
+    monkeypatch.setattr(fsck, "_file_findings", beside)
+    assert [(f.kind, f.subject) for f in filled.fsck()] == [("window_rows", HOURS[1].key)]
 
 
 def test_a_file_that_is_removed_while_a_directory_is_listed_hides_no_other(filled: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,3 +194,15 @@ def test_old_leftovers_are_reported_and_deleted(filled: Lake) -> None:
     filled.fsck(repair=True)
     assert [path.exists() for path in (old, young, aside, under_way)] == [False, True, False, True]
     assert filled.fsck() == []
+
+
+def test_the_closed_files_of_a_long_window_are_no_leftovers(filled: Lake) -> None:
+    window = Window(HOURS[3].end, HOUR.size)
+    with filled.stage(window) as staged:
+        for batch in lake_events(window, 20).to_batches():
+            staged.write(batch)
+        staged.finish()
+        for path in Path(filled.events_uri, "_staging").iterdir():
+            os.utime(path, (time.time() - 7_200,) * 2)
+        assert Lake(filled.uri).fsck(repair=True) == []
+        assert filled.commit(staged, Facts(PK, "sealed", "source", "run", SETTLED_AT, 20)).accepted_rows == 20

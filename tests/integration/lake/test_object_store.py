@@ -6,8 +6,10 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Thread
+from typing import Any
 
 import boto3
 import polars as pl
@@ -15,18 +17,19 @@ import pyarrow as pa
 import pytest
 
 from fraiseql_pipeline.errors import LakeUnavailable, WindowShrinks
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake import Facts, Lake
+from fraiseql_pipeline.lake.storage import _Handler
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
-from tests.support.lakes import PK, assert_plain_protocol, content, publish, quarantine_events
+from tests.support.lakes import PK, SETTLED_AT, assert_plain_protocol, content, publish, quarantine_events
 
 HOUR = Window.parse("2026-11-01-10:00")
 HOURS = [Window(HOUR.start + timedelta(hours=h), HOUR.size) for h in range(4)]
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
+@contextmanager
+def served() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A process of its own: delta-rs keeps Python's lock while it opens an upload, and a server in this process could not answer."""
     program = (
         "import sys; from moto.server import ThreadedMotoServer; s = ThreadedMotoServer('127.0.0.1', 0, verbose=False); s.start();"
@@ -34,18 +37,30 @@ def store() -> Iterator[str]:
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield f"http://{server.stdout.readline().strip()}"
+        yield f"http://{server.stdout.readline().strip()}", server
         assert server.stdin is not None
         server.stdin.close()
 
 
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    with served() as (endpoint, _):
+        yield endpoint
+
+
+def client_of(store: str) -> Any:
+    return boto3.client("s3", endpoint_url=store, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
+
+
+def lake_in(store: str, **options: str) -> Lake:
+    bucket = f"lake-{uuid.uuid4().hex[:12]}"
+    client_of(store).create_bucket(Bucket=bucket)
+    return Lake(f"s3://{bucket}/some/lake", {**KEYS, "AWS_ENDPOINT_URL": store, "AWS_ALLOW_HTTP": "true", **options})
+
+
 @pytest.fixture
 def lake(store: str) -> Lake:
-    bucket = f"lake-{uuid.uuid4().hex[:12]}"
-    boto3.client(
-        "s3", endpoint_url=store, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
-    ).create_bucket(Bucket=bucket)
-    return Lake(f"s3://{bucket}/some/lake", {**KEYS, "AWS_ENDPOINT_URL": store, "AWS_ALLOW_HTTP": "true"})
+    return lake_in(store)
 
 
 def test_windows_are_published_replaced_merged_and_left_alone(lake: Lake) -> None:
@@ -71,8 +86,7 @@ def test_a_failed_stage_leaves_no_object(lake: Lake, store: str) -> None:
         staged.write(lake_events(HOUR, 100).to_batches()[0])
         staged.finish()
         raise KeyboardInterrupt
-    client = boto3.client("s3", endpoint_url=store, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
-    assert "Contents" not in client.list_objects_v2(Bucket=lake.uri.split("/")[2])
+    assert "Contents" not in client_of(store).list_objects_v2(Bucket=lake.uri.split("/")[2])
 
 
 def test_two_writers_at_once_leave_one_generation(lake: Lake) -> None:
@@ -103,6 +117,71 @@ def test_checkpoints_and_maintenance_change_no_row(lake: Lake) -> None:
     assert done.compacted_days == ("events 2026-11-01",)
     assert pa.Table.from_batches(Lake(lake.uri, lake.options).read(HOURS[0].start, HOURS[-1].end)).equals(before)
     assert lake.fsck() == []
+
+
+def test_what_fsck_says_of_an_object_store_can_be_done_there(lake: Lake, store: str) -> None:
+    for hour in HOURS:
+        publish(lake, hour, 20, 1)
+    client, bucket, log = client_of(store), lake.uri.split("/")[2], "some/lake/events/_delta_log/"
+    lake.events.checkpoint()
+
+    def torn(name: str) -> str:
+        client.put_object(Bucket=bucket, Key=log + name, Body=b"")
+        found = [Lake(lake.uri, lake.options).fsck(repair=repair) for repair in (False, True)]
+        assert found[0] == found[1], "nothing is repaired there"
+        assert not any("--repair" in f.remedy for f in found[0])
+        return found[0][0].remedy
+
+    assert "Delete it and _delta_log/_last_checkpoint with the object store's own tools" in torn(f"{4:020d}.checkpoint.parquet")
+    for name in (f"{4:020d}.checkpoint.parquet", "_last_checkpoint"):
+        client.delete_object(Bucket=bucket, Key=log + name)
+    assert Lake(lake.uri, lake.options).fsck() == []
+
+    assert "Delete it with the object store's own tools" in torn(f"{4:020d}.json")
+    client.delete_object(Bucket=bucket, Key=f"{log}{4:020d}.json")
+    assert Lake(lake.uri, lake.options).fsck() == []
+
+    assert 'Put {"commitInfo":{}} in its place' in torn(f"{2:020d}.json")
+    client.put_object(Bucket=bucket, Key=f"{log}{2:020d}.json", Body=b'{"commitInfo":{}}')
+    assert Lake(lake.uri, lake.options).fsck() == []
+    for hour in (HOURS[1], HOURS[3]):
+        assert publish(Lake(lake.uri, lake.options), hour, 20, 1).outcome == "published"
+    assert list(Lake(lake.uri, lake.options).published()) == HOURS
+    assert lake.fsck() == []
+
+
+def test_force_takes_no_file_for_torn_while_the_store_does_not_answer(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hour in HOURS:
+        publish(lake, hour, 20)
+    lake.maintain(HOUR.end + timedelta(days=5))
+    fetched = _Handler.open_input_file
+
+    def refused(self: _Handler, path: str) -> pa.PythonFile:
+        if path.endswith(".parquet") and "day-" in path:
+            raise OSError("Generic S3 error\n Error performing GET http://secret/ in 1s")
+        return fetched(self, path)
+
+    with monkeypatch.context() as broken, pytest.raises(LakeUnavailable, match="Generic S3 error") as raised:
+        broken.setattr(_Handler, "open_input_file", refused)
+        publish(Lake(lake.uri, lake.options), HOUR, 20, force=True)
+    assert "secret" not in str(raised.value)
+    assert [content(lake, hour).num_rows for hour in HOURS] == [20] * 4
+
+
+def test_a_store_that_goes_away_while_a_window_is_staged_is_one_sentence() -> None:
+    with served() as (endpoint, server):
+        lake = lake_in(endpoint, max_retries="0", connect_timeout="1s", timeout="2s")
+        publish(lake, HOUR, 20)
+        with pytest.raises(LakeUnavailable) as raised, lake.stage(HOUR) as staged:
+            for batch in lake_events(HOUR, 30, 1).to_batches():
+                staged.write(batch)
+            staged.finish()
+            assert server.stdin is not None
+            server.stdin.close()
+            server.wait()
+            lake.commit(staged, Facts(PK, "sealed", "source", "run", SETTLED_AT, 30))
+    assert endpoint.removeprefix("http://") not in str(raised.value)
+    assert lake.uri.split("/")[2] not in str(raised.value)
 
 
 def test_a_store_that_does_not_answer_is_one_sentence() -> None:

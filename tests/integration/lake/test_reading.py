@@ -182,6 +182,27 @@ def test_a_missing_file_is_damage_and_not_fewer_rows(lake: Lake) -> None:
     assert content(lake, NEXT).num_rows == 100
 
 
+def test_the_rejected_rows_of_a_window_are_read_without_those_of_others(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hour in (HOUR, NEXT):
+        publish(lake, hour, 5, 10)
+    expected = lake.quarantined(NEXT)
+    monkeypatch.setattr("fraiseql_pipeline.lake.parquet.ROW_GROUP_ROWS", 10)
+    lake.maintain(NEXT.end + timedelta(days=5))
+    read_row_group, seen = pq.ParquetFile.read_row_group, []
+
+    def counted(self: pq.ParquetFile, index: int, columns: list[str] | None = None) -> pa.Table:
+        seen.append((index, columns))
+        return read_row_group(self, index, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    assert lake.quarantined(NEXT).equals(expected)
+    assert lake.quarantined(NEXT, columns=["event_id"]).equals(expected.select(["event_id"]))
+    assert [index for index, _ in seen] == [1, 1]
+    assert seen[1] == (1, ["event_id", "pk", "window_key"])
+    with pytest.raises(InputError, match="Unknown columns"):
+        lake.quarantined(NEXT, columns=["nothing"])
+
+
 def test_a_torn_file_is_damage_and_not_fewer_rows(lake: Lake) -> None:
     publish(lake, HOUR, 100)
     path = Path(lake.events_uri, lake.snapshot().files[0].path)
