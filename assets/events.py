@@ -22,7 +22,7 @@ from pydantic import Field
 
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import ChangeLog
-from fraiseql_pipeline.errors import ValidationHalted
+from fraiseql_pipeline.errors import LakeError, PipelineError, ValidationHalted
 from fraiseql_pipeline.event import COLUMNS, EXTRACTED
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.pipeline import Materialization
@@ -141,12 +141,32 @@ def publish(
         return
     published = lake.published(asked[0].start, asked[-1].end)  # of the other window size too
     standing = {window: published[window] for window in asked if window in published}
-    merged = {one.window for one in pipeline.merge_late(list(standing), on_window=on_window, **run)}
+    told: set[Window] = set()
+    refusal: PipelineError | None = None
+
+    def merged(one: Materialization) -> None:
+        told.add(one.window)
+        on_window(one)
+
+    try:
+        pipeline.merge_late(list(standing), on_window=merged, **run)
+    except (ValidationHalted, LakeError) as error:
+        if error.retryable:
+            raise
+        refusal = error  # of some windows, which keep no other one waiting
+        told.update(Window.parse(key) for key, _ in error.refused)
     for window, commit in standing.items():
-        if window not in merged:
+        if window not in told:
             on_window(Materialization(window, replace(commit, outcome="unchanged")))
     # Last, so that a missing window that halts leaves those that stand told of, and not red in the UI.
-    pipeline.materialize([window for window in asked if window not in standing], on_window=on_window, **run)
+    try:
+        pipeline.materialize([window for window in asked if window not in standing], on_window=on_window, **run)
+    except PipelineError as error:
+        if refusal is not None:
+            error.refused = (*refusal.refused, *error.refused)
+        raise
+    if refusal is not None:
+        raise refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +236,10 @@ def partly_published(context: dg.AssetExecutionContext, shown: Sequence[Shown], 
         yield dg.AssetMaterialization(EVENTS, partition=one.window.key, metadata=one.events)
         yield dg.AssetMaterialization(QUARANTINE, partition=one.window.key, metadata=one.quarantine)
     yield from _checked(context, shown)
-    if isinstance(error, ValidationHalted) and error.window is not None:
-        window = Window.parse(error.window)
-        yield checks.halted(window, str(error), checks.standing(context, window))
+    for key, refusal in error.refused if isinstance(error, PipelineError) else ():
+        if isinstance(refusal, ValidationHalted):
+            window = Window.parse(key)
+            yield checks.halted(window, str(refusal), checks.standing(context, window))
 
 
 def _checked(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iterator[dg.AssetCheckEvaluation]:

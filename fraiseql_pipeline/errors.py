@@ -38,10 +38,14 @@ from typing import ClassVar
 
 
 class PipelineError(Exception):
-    """Base of the tree. ``exit_code`` is the command line's; ``retryable`` says whether the same call may succeed later."""
+    """Base of the tree. ``exit_code`` is the command line's; ``retryable`` says whether the same call may succeed later.
+
+    ``refused``: where a run over windows ends in this error, the keys of those that were refused, oldest first, each with its own error.
+    """
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
+    refused: tuple[tuple[str, PipelineError], ...] = ()
 
 
 class SettingsError(PipelineError):
@@ -83,7 +87,7 @@ class SettleTimeout(SourceError):
 
 
 class ValidationHalted(PipelineError):
-    """``window``: the key of the window that too many rejected rows halted; None where the columns are at fault."""
+    """``window``: the key of the window that is halted; None where the columns are at fault, which all windows share."""
 
     exit_code = 4
 

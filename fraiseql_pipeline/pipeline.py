@@ -8,8 +8,8 @@ Invariants
  2. A window is committed only after its stream ended cleanly and its counts added up: read = accepted + quarantined.
  3. Reading, validating and encoding one window overlap on threads of their own, joined by queues of a few batches, so memory does
     not grow with the window.
- 4. The first failure ends a run; windows committed before it stay committed, and running again repeats nothing that is published.
-    Of late events, a window that is refused keeps no other one waiting: its error ends the run after all of them.
+ 4. A window that is refused keeps no other one waiting: its error ends the run after all of them. What concerns every window ends it at
+    once. Windows committed before stay committed, and running again repeats nothing that is published.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -41,6 +42,9 @@ _T = TypeVar("_T")
 #: them, and the allocator keeps the holes; without this the peak rises with the window: of 3,000,000 events by 45 MiB. It costs up to a tenth of the CPU.
 _TIDY_EVERY = 4
 
+#: Windows that an error names; a run of Dagster has 96 at most as it comes.
+_NAMED = 100
+
 #: Validated batches that may wait for the encoder. Two keep both sides busy; more only cost memory (about 16 MiB each).
 _AHEAD = 1
 
@@ -50,13 +54,17 @@ class Materialization:
     """What one window became.
 
     ``seconds`` holds the busy time per stage (read, validate, encode, commit) and ``total``, the time from first read to commit; the
-    stages overlap, so they may add up to more than the total. ``reasons`` counts quarantined rows per ``column:rule``.
+    stages overlap, so they may add up to more than the total. ``reasons`` counts quarantined rows per ``column:rule``. They and the three
+    counts of rows are of what this run read, of late events alone where it merged some; ``commit`` counts the whole window.
     """
 
     window: Window
     commit: Commit
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    source_rows: int = 0
+    accepted_rows: int = 0
+    quarantined_rows: int = 0
 
 
 def materialize(
@@ -77,8 +85,9 @@ def materialize(
     ``jobs`` windows are worked on side by side. ``on_window`` hears of every window as it is done, from the thread that did it.
 
     Raises ``WindowError`` for a window that has not ended, ``SourceRefused`` for a change log that is not the one the lake was published
-    from (unless ``force``), ``SettleTimeout`` when writers stay open (nothing is published then), and
-    whatever the source, the validation or the lake refuse. Windows committed before the failure stay.
+    from (unless ``force``), ``SettleTimeout`` when writers stay open (nothing is published then), and whatever the source fails with.
+    What validation or the lake refuse of one window is raised when all others are published: the error of the oldest one, naming every
+    one; see ``PipelineError.refused``.
     """
     ordered = sorted(set(windows))
     if not ordered:
@@ -96,12 +105,9 @@ def materialize(
     run = run_id or str(uuid.uuid4())
 
     def one(window: Window) -> Materialization:
-        done = _publish(window, settlement, settings, changelog, lake, run, force=force, allow_shrink=allow_shrink)
-        if on_window is not None:
-            on_window(done)
-        return done
+        return _publish(window, settlement, settings, changelog, lake, run, force=force, allow_shrink=allow_shrink)
 
-    return _each(one, ordered, jobs)
+    return _each(one, ordered, jobs, on_window)
 
 
 def merge_late(
@@ -111,12 +117,16 @@ def merge_late(
     changelog: ChangeLog,
     lake: Lake,
     run_id: str | None = None,
+    force: bool = False,
     jobs: int = 1,
     on_window: Callable[[Materialization], None] | None = None,
 ) -> list[Materialization]:
     """Add the late events of published windows to them, one commit per window that has any; ``windows`` narrows the search.
 
-    Rows are only ever added, so a source that has deleted old rows loses nothing of the lake.
+    Rows are only ever added, so a source that has deleted old rows loses nothing of the lake. ``force``: the change log is the one the
+    windows were published from although its identity has changed (a standby took over); its events above their settled pk are added.
+
+    Raises as ``materialize`` does.
     """
     published = lake.published()
     if windows is not None:
@@ -129,27 +139,14 @@ def merge_late(
     if not late:
         return []
     settlement = changelog.settle(max(item.window.end for item in late))
-    check_same_source(newest, settlement)
+    if not force:
+        check_same_source(newest, settlement)
     run = run_id or str(uuid.uuid4())
 
-    refused: list[tuple[Window, PipelineError]] = []
+    def one(window: Window) -> Materialization:
+        return _publish(window, settlement, settings, changelog, lake, run, force=force, onto=published[window])
 
-    def one(window: Window) -> Materialization | None:
-        try:
-            done = _publish(window, settlement, settings, changelog, lake, run, onto=published[window])
-        except (ValidationHalted, LakeError) as error:
-            if error.retryable:
-                raise
-            refused.append((window, error))
-            return None
-        if on_window is not None:
-            on_window(done)
-        return done
-
-    merged = [done for done in _each(one, sorted(item.window for item in late), jobs) if done is not None]
-    if refused:
-        raise min(refused, key=lambda each: each[0])[1]
-    return merged
+    return _each(one, sorted(item.window for item in late), jobs, on_window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +160,27 @@ class Audited:
 
 
 def audit(window: Window, commit: Commit, *, changelog: ChangeLog, lake: Lake) -> Audited:
-    """Compare a published window with the source: the same keys with the same ids, accepted and quarantined together."""
-    source = changelog.audit(window, commit.settled_pk)
-    held = Audit.of(_held(lake, window))
-    return Audited(window, source.rows, held.rows, source == held)
+    """Compare a published window with the source: the same keys with the same ids, accepted and quarantined together.
+
+    ``commit`` is the newest one the caller knows. Where another run has committed since, the window is compared again as it is now.
+    """
+    while True:
+        source = changelog.audit(window, commit.settled_pk)
+        held = Audit.of(_held(lake, window, commit.settled_pk))
+        newest = commit if source == held else lake.published(window.start, window.end).get(window, commit)
+        if newest.table_version == commit.table_version:
+            return Audited(window, source.rows, held.rows, source == held)
+        commit = newest
 
 
-def _held(lake: Lake, window: Window) -> Iterator[tuple[int, str | None]]:
+def _held(lake: Lake, window: Window, settled_pk: int) -> Iterator[tuple[int, str | None]]:
     for batch in lake.read(window.start, window.end, columns=["pk", "event_id"]):
         yield from zip(batch["pk"].to_pylist(), batch["event_id"].to_pylist(), strict=True)
-    rejected = lake.quarantined(window)
-    yield from zip(rejected["pk"].to_pylist(), rejected["event_id"].to_pylist(), strict=True)
+    rejected = lake.quarantined(window, ["pk", "event_id"])
+    for pk, event_id in zip(rejected["pk"].to_pylist(), rejected["event_id"].to_pylist(), strict=True):
+        # One above is of a merge between its two commits: the quarantine's comes first, readers trust the events'.
+        if pk <= settled_pk:
+            yield pk, event_id
 
 
 def _publish(
@@ -246,7 +253,7 @@ def _publish(
         with _clock(seconds, "commit"):
             commit = lake.commit(staged, facts, force=force, allow_shrink=allow_shrink, append=onto is not None)
     seconds["total"] = time.perf_counter() - began
-    return Materialization(window, commit, dict(reasons), dict(seconds))
+    return Materialization(window, commit, dict(reasons), dict(seconds), source_rows, staged.accepted_rows, staged.quarantined_rows)
 
 
 def check_same_source(known: Commit | None, settlement: Settlement) -> None:
@@ -276,7 +283,53 @@ def _known_ids(lake: Lake, window: Window) -> Iterator[pa.Array]:
     return (batch.column(0) for batch in lake.read(window.start, window.end, columns=["event_id"]))
 
 
-def _each(one: Callable[[Window], _T], windows: Sequence[Window], jobs: int) -> list[_T]:
+def _each(
+    one: Callable[[Window], Materialization],
+    windows: Sequence[Window],
+    jobs: int,
+    on_window: Callable[[Materialization], None] | None,
+) -> list[Materialization]:
+    """What ``one`` makes of each window, in order. Raises what a window was refused for when all others are done, anything else at once."""
+    refused: dict[Window, PipelineError] = {}
+
+    def attempt(window: Window) -> Materialization | None:
+        try:
+            done = one(window)
+        except (ValidationHalted, LakeError) as error:
+            if error.retryable or (isinstance(error, ValidationHalted) and error.window is None):
+                raise
+            refused[window] = error
+            return None
+        if on_window is not None:
+            on_window(done)
+        return done
+
+    try:
+        done = _side_by_side(attempt, windows, jobs)
+    except PipelineError as error:
+        error.refused = _keyed(refused)
+        raise
+    if refused:
+        raise _refusal(refused, len(windows)) from min(refused.items())[1]
+    return [each for each in done if each is not None]
+
+
+def _keyed(refused: Mapping[Window, PipelineError]) -> tuple[tuple[str, PipelineError], ...]:
+    return tuple((window.key, error) for window, error in sorted(refused.items()))
+
+
+def _refusal(refused: Mapping[Window, PipelineError], windows: int) -> PipelineError:
+    """The error of the oldest refused window, whose message names the others too."""
+    keyed = _keyed(refused)
+    first = copy(keyed[0][1])
+    first.refused = keyed
+    if others := [key for key, _ in keyed[1:]]:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        first.args = (f"{first} Refused were {len(keyed)} of {windows} windows, the others: {', '.join(others[:_NAMED])}{more}.",)
+    return first
+
+
+def _side_by_side(one: Callable[[Window], _T], windows: Sequence[Window], jobs: int) -> list[_T]:
     if jobs <= 1 or len(windows) <= 1:
         return [one(window) for window in windows]
     with ThreadPoolExecutor(jobs, thread_name_prefix="window") as pool:

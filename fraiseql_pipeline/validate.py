@@ -110,7 +110,8 @@ class Validator:
         if accepted.num_rows + quarantined.num_rows != batch.num_rows:
             raise ValidationHalted(
                 f"Window {self._window}: {accepted.num_rows} accepted and {quarantined.num_rows} quarantined rows do not add up to the "
-                f"{batch.num_rows} that were read; nothing was written, please report this as a bug."
+                f"{batch.num_rows} that were read; nothing was written, please report this as a bug.",
+                window=self._window.key,
             )
         counts = sorted(((len(rows), reason) for reason, rows in faults.items()), key=lambda item: (-item[0], item[1]))
         return Validation(accepted, quarantined, {reason: count for count, reason in counts})
@@ -129,13 +130,15 @@ class Validator:
         if cases is not None and cases["index"].null_count():
             broken = ", ".join(sorted({f"{name}:{check}" for name, check in cases.select("column", "check").iter_rows()}))
             raise ValidationHalted(
-                f"Window {self._window}: the columns could not be judged ({broken}); please report this as a bug."
+                f"Window {self._window}: the columns could not be judged ({broken}); please report this as a bug.",
+                window=self._window.key,
             )
         found = set() if cases is None else set(cases.select("index", pl.col("check").replace("not_nullable", "null")).iter_rows())
         if found != set(enumerate(claimed)):
             raise ValidationHalted(
                 f"Window {self._window}: rows were rejected for their {column.name} that pandera judges otherwise; nothing was published, "
-                "please report this as a bug."
+                "please report this as a bug.",
+                window=self._window.key,
             )
 
     def _faults(self, batch: pa.RecordBatch) -> dict[str, Rows]:

@@ -6,6 +6,7 @@ Everything lies under ``./.fraiseql`` and may be deleted; a second run starts fr
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,10 @@ def demo(output: Output, events: int) -> None:
     if settings.database_url is not None:
         raise SettingsError(
             "The demo fills an embedded Postgres; unset FRAISEQL_DATABASE_URL, or use `fraiseql-pipeline materialize`."
+        )
+    if "://" in settings.lake_uri.removeprefix("file://"):
+        raise SettingsError(
+            "The demo publishes sample events, which are kept out of object stores; set FRAISEQL_LAKE_URI to a directory."
         )
     code_location = _code_location()
     end = Window.holding(datetime.now(UTC), WindowSize.HOUR).start
@@ -119,10 +124,10 @@ def _materialize(module: str, windows: list[Window], settings: Settings) -> None
     )
     environment = {
         **os.environ,
+        **_variables(settings),
         "DAGSTER_HOME": str(home),
         "DAGSTER_DISABLE_TELEMETRY": "yes",
         "FRAISEQL_START": windows[0].start.isoformat(),
-        "FRAISEQL_LAKE_URI": settings.lake_uri,
         "PYTHONWARNINGS": "ignore",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -130,6 +135,12 @@ def _materialize(module: str, windows: list[Window], settings: Settings) -> None
         log = home / "last-run.log"
         log.write_text(done.stdout + done.stderr)
         raise PipelineError("The Dagster run failed; its log is in .fraiseql/dagster/last-run.log.")
+
+
+def _variables(settings: Settings) -> dict[str, str]:
+    """What was set, in the environment or a file, as variables of the process that has no --config."""
+    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return {f"FRAISEQL_{name.upper()}": value if isinstance(value, str) else json.dumps(value) for name, value in chosen.items()}
 
 
 @contextmanager

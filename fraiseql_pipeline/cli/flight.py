@@ -71,7 +71,8 @@ def token(output: Output, principal: str, org_id: str | None, scopes: tuple[str,
     if org_id is not None and not re.fullmatch(UUID_PATTERN, org_id.lower()):
         raise InputError(f"--org must be a UUID, got {org_id[:64]!r}.")
     new, line = new_token(principal, org_id, scopes)
-    output.say(f"Token: {new}\nLine:  {line}")
+    if not output.as_json:  # the secret goes to one place
+        output.say(f"Token: {new}\nLine:  {line}")
     output.result({"token": new, "line": line})
 
 
@@ -102,6 +103,9 @@ def read(
 
     --json tells how many there were; --output events.json writes the events themselves, one JSON object per line.
     """
+    for option, given in (("--token-file", token_file), ("--tls-root-certs", tls_root_certs)):
+        if given is not None and url is None:
+            raise InputError(f"{option} is for a Flight server; name one with --url, or leave {option} out.")
     now = datetime.now(UTC)
     if allow_missing:
         ticket = replace(Ticket.parse(ticket.encode(), now), allow_missing=True).json

@@ -92,14 +92,17 @@ def quarantine_list(output: Output) -> None:
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1), help="How many events at most.")
 @pass_output
 def quarantine_show(output: Output, window: str, limit: int) -> None:
-    """The rejected events of one WINDOW (a key such as 2026-11-01-13:00): keys and reasons, with what fitted no column."""
+    """The rejected events of one WINDOW (a key such as 2026-11-01-13:00): keys and reasons, with what fitted no column.
+
+    --json has every column of them, and in `rows` how many there are.
+    """
     lake, asked = Lake.of(output.settings), Window.parse(window)
     if asked not in lake.published(asked.start, asked.end):
         _check_something(lake)
         raise LakeEmpty(f"Window {window} is not published; `fraiseql-pipeline quarantine list` names those with rejected events.")
-    table = lake.quarantined(asked).slice(0, limit)
-    rows = table.select(["pk", "event_id", "entity_type", "raw", "reasons"]).to_pylist()
-    output.result({"window": window, "events": rows})
+    held = lake.quarantined(asked)
+    rows = held.slice(0, limit).to_pylist()
+    output.result({"window": window, "rows": held.num_rows, "events": rows})
     if not rows:
         output.say(f"Window {window} has no quarantined events.")
         return
@@ -108,3 +111,5 @@ def quarantine_show(output: Output, window: str, limit: int) -> None:
         ("pk", "event", "entity type", "reasons", "did not fit"),
         [(r["pk"], r["event_id"], r["entity_type"], ", ".join(r["reasons"]), r["raw"] or "") for r in rows],
     )
+    if held.num_rows > len(rows):
+        output.remark(f"{len(rows):,} of {held.num_rows:,} are shown; --limit {held.num_rows} shows all.")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import IO, Any
@@ -96,7 +97,7 @@ class Output:
         """The command's result; printed only with ``--json``."""
         if self.as_json:
             try:
-                click.echo(json.dumps(value, default=str))
+                click.echo(json.dumps(value, default=_plain))
             except BrokenPipeError:
                 forget(sys.stdout)
 
@@ -149,6 +150,11 @@ class Output:
                 self.remark(f"{title}: {done:,} of {total:,} {unit} ({what})" if what else f"{title}: {done:,} of {total:,} {unit}")
 
         yield step
+
+
+def _plain(value: object) -> str:
+    """What JSON has no form for: a time as ISO 8601, anything else as its text."""
+    return value.isoformat() if isinstance(value, date) else str(value)
 
 
 #: A cell of a column of figures, with a unit or a share, or without one.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import click
@@ -11,7 +12,7 @@ from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.cli.lake import nothing_published
 from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.cli.source import source_of
-from fraiseql_pipeline.errors import LakeEmpty, WindowError
+from fraiseql_pipeline.errors import LakeEmpty, PipelineError, WindowError
 from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
@@ -34,8 +35,17 @@ def materialize(output: Output, start: str, end: str, jobs: int, force: bool, al
     chosen = _windows(start, end, settings)
     if not other_size:
         _check_size(chosen, lake)
-    with source_of(output, samples=True) as changelog, output.progress("Materializing", len(chosen), "windows") as step:
-        done = pipeline.materialize(
+    with (
+        _reported(output) as done,
+        source_of(output, samples=True) as changelog,
+        output.progress("Materializing", len(chosen), "windows") as step,
+    ):
+
+        def on_window(one: Materialization) -> None:
+            done.append(one)
+            step(one.window.key, 1)
+
+        pipeline.materialize(
             chosen,
             settings=settings,
             changelog=changelog,
@@ -43,25 +53,28 @@ def materialize(output: Output, start: str, end: str, jobs: int, force: bool, al
             jobs=jobs,
             force=force,
             allow_shrink=allow_shrink,
-            on_window=lambda one: step(one.window.key, 1),
+            on_window=on_window,
         )
-    _report(output, done)
 
 
 @click.command()
 @click.option("--start", help=f"Look only at windows from here. {_TIME}")
 @click.option("--end", help="Look only at windows that start before this.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 32), help="Windows worked on side by side.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Add them to windows published from a change log of another identity too: the same one, taken over by a standby.",
+)
 @pass_output
-def late(output: Output, start: str | None, end: str | None, jobs: int) -> None:
+def late(output: Output, start: str | None, end: str | None, jobs: int, force: bool) -> None:
     """Add late events to the published windows they belong to."""
     settings, lake = output.settings, Lake.of(output.settings)
     published = _published(lake, start, end)
-    with source_of(output) as changelog:
-        done = pipeline.merge_late(sorted(published), settings=settings, changelog=changelog, lake=lake, jobs=jobs)
-    if not done:
-        output.say("No late events.")
-    _report(output, done)
+    with _reported(output, late=True) as done, source_of(output) as changelog:
+        pipeline.merge_late(
+            sorted(published), settings=settings, changelog=changelog, lake=lake, jobs=jobs, force=force, on_window=done.append
+        )
 
 
 @click.command()
@@ -98,11 +111,11 @@ def audit(output: Output, start: str | None, end: str | None) -> None:
 @click.command()
 @pass_output
 def status(output: Output) -> None:
-    """What is published: windows, events, the newest window and the holes before it."""
+    """What is published: windows, events, the newest window and the holes before it, from FRAISEQL_START on if that is set."""
     settings, lake = output.settings, Lake.of(output.settings)
     published = lake.published()
     windows = sorted(published)
-    gaps, reach = _gaps(windows)
+    gaps, reach = _gaps(windows, settings.first_window)
     holes = list(dict.fromkeys(hole for gap in gaps for hole in tile(*gap, settings.window)))
     commits = list(published.values())
     rows = {
@@ -130,10 +143,14 @@ def status(output: Output) -> None:
     )
 
 
-def _gaps(windows: Sequence[Window]) -> tuple[list[tuple[datetime, datetime]], datetime]:
-    """What no window covers between the first and the last, which may be of different sizes; and the end of the last."""
+def _gaps(windows: Sequence[Window], first: datetime | None) -> tuple[list[tuple[datetime, datetime]], datetime]:
+    """What no window covers from ``first``, or else from the first of them, to the last, which may be of different sizes; and the end of
+    the last.
+    """
     gaps: list[tuple[datetime, datetime]] = []
-    reach = windows[0].start if windows else datetime.min.replace(tzinfo=UTC)
+    if not windows:
+        return gaps, datetime.min.replace(tzinfo=UTC)
+    reach = first or windows[0].start
     for window in windows:
         if reach < window.start:
             gaps.append((reach, window.start))
@@ -152,14 +169,8 @@ def _published(lake: Lake, start: str | None, end: str | None) -> dict[Window, C
     standing = sorted(lake.published())
     if not standing:
         raise LakeEmpty(nothing_published(lake))
-    raise LakeEmpty(
-        f"Nothing is published between {_shown(first, standing[0].start)} and {_shown(last, standing[-1].end)}; "
-        f"the lake holds {standing[0].key} to {standing[-1].key}."
-    )
-
-
-def _shown(at: datetime | None, otherwise: datetime) -> str:
-    return (at or otherwise).isoformat(timespec="minutes")
+    bounds = [f"{word} {at.isoformat(timespec='minutes')}" for word, at in (("from", first), ("before", last)) if at is not None]
+    raise LakeEmpty(f"Nothing is published {' and '.join(bounds)}; the lake holds {standing[0].key} to {standing[-1].key}.")
 
 
 def _check_order(first: datetime, last: datetime) -> None:
@@ -192,7 +203,7 @@ def _windows(start: str, end: str, settings: Settings) -> list[Window]:
             f"No window before FRAISEQL_START ({settings.first_window.isoformat()}) may be published, got --start {first.isoformat()}: all "
             "windows between them would be missing to every read. Choose a later --start, or set an earlier FRAISEQL_START."
         )
-    chosen = [window for window in tile(first, last, settings.window) if window.end <= now]
+    chosen = [window for window in tile(first, min(last, now), settings.window) if window.end <= now]
     if not chosen:
         raise WindowError(
             f"No {settings.window} has ended between {first.isoformat()} and {last.isoformat()}; choose a wider range."
@@ -200,9 +211,32 @@ def _windows(start: str, end: str, settings: Settings) -> list[Window]:
     return chosen
 
 
-def _report(output: Output, done: Sequence[Materialization]) -> None:
+@contextmanager
+def _reported(output: Output, *, late: bool = False) -> Iterator[list[Materialization]]:
+    """Takes the windows of a run as they are done and reports them, oldest first, also where the run ends in an error."""
+    done: list[Materialization] = []
+    try:
+        yield done
+    except BaseException as error:
+        refused = error.refused if isinstance(error, PipelineError) else ()
+        if done or refused:
+            _report(output, sorted(done, key=lambda one: one.window), refused, late=late)
+        # Of several, or of a run that ended for another reason, the error does not have each one's.
+        if refused and str(error) != str(refused[0][1]):
+            output.table("Windows that were refused", ("window", "why"), refused)
+        raise
+    _report(output, sorted(done, key=lambda one: one.window), late=late)
+
+
+def _report(
+    output: Output, done: Sequence[Materialization], refused: Sequence[tuple[str, PipelineError]] = (), *, late: bool
+) -> None:
+    """Counts are those of whole windows; beside them, of late events, those of this run."""
+    added = [one for one in done if one.commit.outcome == "merged"] if late else []
+    total = {name: sum(_rows(one)[name] for one in added) for name in ("source_rows", "accepted_rows", "quarantined_rows")}
     output.result(
         {
+            **({"late": total} if late else {}),
             "windows": [
                 {
                     "window": one.window.key,
@@ -210,27 +244,41 @@ def _report(output: Output, done: Sequence[Materialization]) -> None:
                     "state": one.commit.state,
                     "table_version": one.commit.table_version,
                     "settled_pk": one.commit.settled_pk,
-                    "source_rows": one.commit.source_rows,
-                    "accepted_rows": one.commit.accepted_rows,
-                    "quarantined_rows": one.commit.quarantined_rows,
-                    "reasons": one.reasons,
+                    **_rows(one.commit),
+                    "reasons": one.commit.reasons,
+                    **({"late": {**_rows(one), "reasons": one.reasons}} if one in added else {}),
                     "seconds": one.seconds,
                 }
                 for one in done
-            ]
+            ],
+            "refused": [{"window": key, "error": str(error)} for key, error in refused],
         }
     )
-    if not done:
-        return
+    if done:
+        _show(output, done, late=late)
+    if late and not (done or refused):
+        output.say("No late events.")
+    elif added:
+        output.say(
+            f"{total['source_rows']:,} late events: {total['accepted_rows']:,} accepted, {total['quarantined_rows']:,} quarantined."
+        )
+
+
+def _rows(counted: Materialization | Commit) -> dict[str, int]:
+    return {name: getattr(counted, name) for name in ("source_rows", "accepted_rows", "quarantined_rows")}
+
+
+def _show(output: Output, done: Sequence[Materialization], *, late: bool) -> None:
     shown = done if len(done) <= 20 or not output.is_terminal else [*done[:10], *done[-10:]]
     output.table(
         f"{len(done)} windows" if len(shown) == len(done) else f"{len(done)} windows, the first and the last ten",
-        ("window", "outcome", "state", "events", "accepted", "quarantined", "seconds"),
+        ("window", "outcome", "state", *(["late"] if late else []), "events", "accepted", "quarantined", "seconds"),
         [
             (
                 one.window.key,
                 one.commit.outcome,
                 one.commit.state,
+                *([f"{one.source_rows:,}"] if late else []),
                 f"{one.commit.source_rows:,}",
                 f"{one.commit.accepted_rows:,}",
                 f"{one.commit.quarantined_rows:,}",

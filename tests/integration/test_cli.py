@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from fraiseql_pipeline.changelog import open_changelog, write_sample
-from fraiseql_pipeline.cli import main
+from fraiseql_pipeline.changelog import open_changelog, source, write_sample
+from fraiseql_pipeline.cli import main, windows
+from fraiseql_pipeline.event import QUARANTINE_SCHEMA
 from fraiseql_pipeline.flight.server import serve
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import Window, WindowSize
+from fraiseql_pipeline.window import Window, WindowSize, tile
 
 Run = Callable[..., Result]
 
@@ -53,7 +55,7 @@ def materialize(run: Run, *more: str) -> dict[str, Any]:
     return said(run("materialize", "--start", "now-25h", "--end", "now", "--json", *more))
 
 
-def test_materialize_publishes_every_ended_window_and_again_changes_nothing(run: Run) -> None:
+def test_materialize_publishes_every_ended_window_and_again_changes_nothing(run: Run, end: datetime) -> None:
     first, again = materialize(run, "--jobs", "2"), materialize(run)
     assert {window["outcome"] for window in first["windows"]} == {"published"}
     assert {window["outcome"] for window in again["windows"]} == {"unchanged"}
@@ -62,7 +64,16 @@ def test_materialize_publishes_every_ended_window_and_again_changes_nothing(run:
     )
     status = said(run("status", "--json"))
     assert status["windows"] == len(first["windows"])
-    assert status["holes"] == []
+    since = said(run("status", "--json", FRAISEQL_START=status["start"]))
+    assert (since["holes"], since["complete_through"]) == ([], end.isoformat())
+
+
+def test_holes_begin_where_the_first_window_was_set(run: Run, end: datetime) -> None:
+    published = materialize(run)["windows"]
+    status = said(run("status", "--json"))
+    start = end - timedelta(days=2)
+    missing = [window.key for window in tile(start, end, WindowSize.HOUR) if window.key < published[0]["window"]]
+    assert (status["holes"], status["complete_through"]) == (missing, start.isoformat())
 
 
 def test_a_late_event_is_merged_once_and_the_audit_agrees(run: Run, changelog_url: str, end: datetime) -> None:
@@ -80,6 +91,80 @@ def test_a_late_event_is_merged_once_and_the_audit_agrees(run: Run, changelog_ur
     ]
     assert said(run("late", "--json"))["windows"] == []
     assert said(run("audit", "--json"))["differing"] == []
+
+
+def write(url: str, verb: str, at: datetime, events: int) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO core.tb_entity_change_log (object_type, modification_type, object_id, created_at)"
+            " SELECT 'Order', %s, gen_random_uuid(), %s FROM generate_series(1, %s)",
+            [verb, at, events],
+        )
+
+
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_a_run_that_fails_reports_what_it_published_and_what_it_refused(
+    run: Run, changelog_url: str, end: datetime, jobs: str
+) -> None:
+    bad = [Window(end - timedelta(hours=hours), WindowSize.HOUR) for hours in (5, 3)]
+    for window in bad:
+        write(changelog_url, "MELT", window.start, 2_000)
+    failed = run("materialize", "--start", (end - timedelta(hours=6)).isoformat(), "--end", "now", "--json", "--jobs", jobs)
+    assert failed.exit_code == 4
+    told = json.loads(failed.stdout)
+    keys = [window.key for window in tile(end - timedelta(hours=6), end, WindowSize.HOUR)]
+    assert [window["window"] for window in told["windows"]] == [key for key in keys if key not in {b.key for b in bad}]
+    assert [refused["window"] for refused in told["refused"]] == [window.key for window in bad]
+    assert all(refused["window"] in refused["error"] for refused in told["refused"])
+    assert failed.stderr.splitlines()[-1].endswith(f"Refused were 2 of 6 windows, the others: {bad[1].key}.")
+    shown = run("materialize", "--start", (end - timedelta(hours=6)).isoformat(), "--end", "now", "--jobs", jobs)
+    assert shown.stdout.count("unchanged") == 4
+    assert shown.stdout.count("is halted") == 2
+
+
+def test_late_events_are_counted_apart_from_the_windows_they_are_added_to(run: Run, changelog_url: str, end: datetime) -> None:
+    materialize(run)
+    at = end - timedelta(hours=2)
+    (before,) = (w for w in materialize(run)["windows"] if w["window"] == Window(at, WindowSize.HOUR).key)
+    write(changelog_url, "INSERT", at, 5)
+    write(changelog_url, "MELT", at, 2)
+    write(changelog_url, "MELT", end - timedelta(hours=4), 2_000)
+    failed = run("late", "--json")
+    assert failed.exit_code == 4
+    told = json.loads(failed.stdout)
+    added = {"source_rows": 7, "accepted_rows": 5, "quarantined_rows": 2}
+    assert told["late"] == added
+    (merged,) = told["windows"]
+    assert {name: merged["late"][name] for name in added} == added
+    assert sum(merged["late"]["reasons"].values()) >= 2
+    assert {name: merged[name] - before[name] for name in added} == added
+    write(changelog_url, "INSERT", at, 1)
+    shown = run("late", "--start", at.isoformat())
+    assert shown.exit_code == 0
+    assert "1 late events: 1 accepted, 0 quarantined." in shown.stdout
+
+
+def test_late_events_of_a_log_that_a_standby_took_over_are_added_when_forced(
+    run: Run, changelog_url: str, end: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    materialize(run)
+    whole = source.preflight
+    monkeypatch.setattr(source, "preflight", lambda connection: replace(whole(connection), identity="the next timeline"))
+    write(changelog_url, "INSERT", end - timedelta(hours=2), 3)
+    assert run("late").exit_code == 3
+    assert said(run("late", "--force", "--json"))["late"]["accepted_rows"] == 3
+
+
+def test_an_end_far_ahead_costs_no_more_than_now(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[datetime] = []
+
+    def tiled(start: datetime, end: datetime, size: WindowSize) -> Iterator[Window]:
+        looked.append(end)
+        return tile(start, end, size)
+
+    monkeypatch.setattr(windows, "tile", tiled)
+    assert len(said(run("materialize", "--start", "now-3h", "--end", "9999-12-31", "--json"))["windows"]) in {2, 3}
+    assert looked[0] <= datetime.now(UTC)
 
 
 def test_audit_names_the_window_that_lost_an_event_in_the_source(run: Run, changelog_url: str, end: datetime) -> None:
@@ -124,14 +209,24 @@ def test_quarantine_shows_keys_and_reasons_of_every_rejected_event(run: Run) -> 
     rejected = {window["window"]: window["quarantined_rows"] for window in published if window["quarantined_rows"]}
     assert {window["window"]: window["quarantined_rows"] for window in listed} == rejected
     busiest = max(rejected, key=lambda key: rejected[key])
-    shown = said(run("quarantine", "show", busiest, "--json"))["events"]
-    assert len(shown) == min(20, rejected[busiest])
-    assert all(event["reasons"] for event in shown)
+    shown = said(run("quarantine", "show", busiest, "--json", "--limit", "2"))
+    assert (shown["rows"], len(shown["events"])) == (rejected[busiest], min(2, rejected[busiest]))
+    assert all(event["reasons"] and list(event) == QUARANTINE_SCHEMA.names for event in shown["events"])
+    cut = run("quarantine", "show", busiest, "--limit", "1")
+    assert (f"1 of {rejected[busiest]} are shown" in cut.stderr) == (rejected[busiest] > 1)
+
+
+def test_a_new_token_is_told_once(run: Run) -> None:
+    made = run("token", "alice", "--json")
+    assert json.loads(made.stdout)["token"] not in made.stderr
+    assert made.stderr == ""
 
 
 def test_doctor_fsck_and_maintain_find_a_sound_lake_sound(run: Run) -> None:
     materialize(run)
-    assert said(run("doctor", "--json"))["can_seal"] is True
+    found = said(run("doctor", "--json"))
+    assert found["can_seal"] is True
+    assert datetime.fromisoformat(found["sealed_until"]).isoformat() == found["sealed_until"]
     assert said(run("fsck", "--json")) == {"findings": []}
     assert run("maintain").exit_code == 0
 
@@ -153,6 +248,9 @@ def test_doctor_fsck_and_maintain_find_a_sound_lake_sound(run: Run) -> None:
         (("doctor",), {"FRAISEQL_DATABASE_URL": "postgresql://reader:secret@127.0.0.1:1/shop"}, 3, "FRAISEQL_DATABASE_URL"),
         (("--config", "absent.toml", "status"), {}, 2, "absent.toml"),
         (("demo",), {}, 2, "FRAISEQL_DATABASE_URL"),
+        (("demo",), {"FRAISEQL_DATABASE_URL": "", "FRAISEQL_LAKE_URI": "s3://company/lake"}, 2, "kept out of object stores"),
+        (("read", "events:*:now-1h:now:10", "--token-file", "token"), {}, 2, "--token-file is for a Flight server"),
+        (("read", "events:*:now-1h:now:10", "--tls-root-certs", "ca.pem"), {}, 2, "--tls-root-certs is for a Flight server"),
         (("materialize", "--start", "2024-01-01", "--end", "2024-01-02"), {}, 2, "FRAISEQL_START"),
         (("materialize", "--start", "now-2h", "--end", "now"), {"FRAISEQL_LAKE_URI": "/proc/nope"}, 5, "storage"),
         (("read", '{"type":"events","entity_type":"*","start":"now-1h","end":"now","follow":true}'), {}, 2, "--url"),

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fraiseql_pipeline.changelog import embedded
-from fraiseql_pipeline.cli import flight, main
+from fraiseql_pipeline.cli import demo, flight, main
 from fraiseql_pipeline.flight.server import serve
 from fraiseql_pipeline.flight.workers import Started, log_to_stderr
 from fraiseql_pipeline.lake import Lake
@@ -111,6 +111,27 @@ def test_only_a_local_lake_is_filled_from_made_up_events(
         refused.stderr == "Error: FRAISEQL_DATABASE_URL is not set; set it, or try sample events with `fraiseql-pipeline sample`.\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_the_demos_dagster_process_gets_what_a_file_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: datetime) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "demo.toml"
+    file.write_text(
+        'window = "day"\nlake_uri = "elsewhere"\nmax_rejected_share = 0.5\narrow_flight_live = false\n[lake_options]\ntimeout = "5s"\n'
+    )
+    settings = Settings.load(file)
+    given: dict[str, str] = {}
+
+    def started(command: list[str], env: dict[str, str], **options: object) -> subprocess.CompletedProcess[str]:
+        del options
+        given.update(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", started)
+    demo._materialize("assets.definitions", [Window(end, WindowSize.DAY)], settings)
+    for name in [name for name in given if name.startswith("FRAISEQL_")]:
+        monkeypatch.setenv(name, given[name])
+    assert Settings.load().model_dump() == settings.model_copy(update={"start": end}).model_dump()
 
 
 def test_sample_events_are_made_on_request_and_named_wherever_they_are_read(
@@ -218,7 +239,9 @@ def test_what_is_not_published_is_not_taken_for_sound(run: Run, lake: Lake, end:
     for command in ("late", "audit"):
         checked = run(command, "--end", (end - 10 * HOUR).isoformat())
         assert checked.exit_code == 5
-        assert "Nothing is published between" in checked.stderr
+        assert f"Nothing is published before {end - 10 * HOUR:%Y-%m-%dT%H:%M}" in checked.stderr
+        checked = run(command, "--start", (end + HOUR).isoformat())
+        assert f"Nothing is published from {end + HOUR:%Y-%m-%dT%H:%M}+00:00; the lake holds" in checked.stderr
     shown = run("quarantine", "show", Window.holding(end + HOUR, WindowSize.HOUR).key)
     assert shown.exit_code == 5
     assert "is not published" in shown.stderr

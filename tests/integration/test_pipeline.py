@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,18 @@ import pyarrow as pa
 import pytest
 
 from fraiseql_pipeline import pipeline
-from fraiseql_pipeline.changelog import ChangeLog, open_changelog
-from fraiseql_pipeline.errors import SourceRefused, SourceUnavailable, ValidationHalted, WindowError
+from fraiseql_pipeline.changelog import ChangeLog, open_changelog, source
+from fraiseql_pipeline.errors import (
+    LakeError,
+    LakeUnavailable,
+    SourceRefused,
+    SourceUnavailable,
+    ValidationHalted,
+    WindowError,
+    WindowShrinks,
+)
 from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake.publish import Publisher
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
@@ -50,9 +60,9 @@ class Shop:
                 windows or [self.window], settings=self.settings, changelog=changelog, lake=self.lake, **options
             )
 
-    def merge_late(self) -> list[Materialization]:
+    def merge_late(self, **options: Any) -> list[Materialization]:
         with open_changelog(self.settings) as changelog:
-            return pipeline.merge_late(settings=self.settings, changelog=changelog, lake=self.lake)
+            return pipeline.merge_late(settings=self.settings, changelog=changelog, lake=self.lake, **options)
 
 
 @pytest.fixture
@@ -197,10 +207,101 @@ def test_a_read_that_breaks_off_publishes_nothing_and_the_next_run_is_right(shop
     assert shop.materialize()[0].commit.accepted_rows == 500
 
 
-def test_windows_before_a_failing_one_stay_published(shop: Shop) -> None:
-    later = Window(shop.window.end, WindowSize.HOUR)
-    shop.write(5)
-    shop.write(100, verb="UPSERT", at=later.start)
-    with pytest.raises(ValidationHalted, match=later.key):
-        shop.materialize(shop.window, later)
-    assert list(shop.lake.published()) == [shop.window]
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_windows_that_are_refused_keep_no_other_waiting_and_are_all_named(shop: Shop, jobs: int) -> None:
+    windows = [Window(shop.window.start - n * HOUR, WindowSize.HOUR) for n in range(6, -1, -1)]
+    for window in windows:
+        shop.write(20, at=window.start)
+    shop.materialize(windows[4])
+    halted, shrinks = windows[2], windows[4]
+    shop.write(100, verb="UPSERT", at=halted.start)
+    shop.execute(f"DELETE FROM core.tb_entity_change_log WHERE created_at >= '{shrinks.start}' AND created_at < '{shrinks.end}'")
+    told: list[Window] = []
+    with pytest.raises(
+        ValidationHalted, match=rf"{halted.key} is halted: .* 2 of 7 windows, the others: {shrinks.key}\.$"
+    ) as found:
+        shop.materialize(*windows, jobs=jobs, on_window=lambda one: told.append(one.window))
+    assert found.value.window == halted.key
+    assert [(key, type(error)) for key, error in found.value.refused] == [
+        (halted.key, ValidationHalted),
+        (shrinks.key, WindowShrinks),
+    ]
+    assert sorted(told) == [window for window in windows if window not in {halted, shrinks}]
+    assert list(shop.lake.published()) == [window for window in windows if window != halted]
+
+
+def test_what_concerns_every_window_ends_the_run_at_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [Window(shop.window.start - n * HOUR, WindowSize.HOUR) for n in (2, 1, 0)]
+    shop.write(100, verb="UPSERT", at=windows[0].start)
+    asked: list[Window] = []
+    whole = ChangeLog.read
+
+    def read(self: ChangeLog, window: Window, *arguments: Any, **options: Any) -> Any:
+        asked.append(window)
+        if window != windows[0]:
+            raise SourceUnavailable("the server went away")
+        return whole(self, window, *arguments, **options)
+
+    monkeypatch.setattr(ChangeLog, "read", read)
+    with pytest.raises(SourceUnavailable, match="went away") as found:
+        shop.materialize(*windows)
+    assert asked == windows[:2]
+    assert [key for key, _ in found.value.refused] == [windows[0].key]
+    assert shop.lake.published() == {}
+
+
+def test_an_audit_beside_a_run_compares_with_what_that_run_made_of_the_window(shop: Shop) -> None:
+    shop.write(10)
+    (first,) = shop.materialize()
+    shop.write(2)
+    shop.merge_late()
+    with open_changelog(shop.settings) as changelog:
+        audited = pipeline.audit(shop.window, first.commit, changelog=changelog, lake=shop.lake)
+        assert (audited.equal, audited.source_rows, audited.lake_rows) == (True, 12, 12)
+        shop.execute("DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log = 3")
+        assert not pipeline.audit(shop.window, first.commit, changelog=changelog, lake=shop.lake).equal
+
+
+def test_an_audit_between_the_two_commits_of_a_merge_finds_no_difference(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write(300)
+    shop.write(1, verb="MELT")
+    (first,) = shop.materialize()
+    shop.write(2, verb="MELT")
+
+    def away(*_: object) -> None:
+        raise LakeUnavailable("gone before the second commit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publisher, "_commit", away)
+        with pytest.raises(LakeUnavailable):
+            shop.merge_late()
+    assert shop.lake.quarantined(shop.window).num_rows == 3
+    with open_changelog(shop.settings) as changelog:
+        audited = pipeline.audit(shop.window, first.commit, changelog=changelog, lake=shop.lake)
+    assert (audited.equal, audited.lake_rows) == (True, 301)
+
+
+def test_late_events_of_windows_published_before_a_failover_are_added_when_forced(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Window(shop.window.start - 5 * HOUR, WindowSize.HOUR)
+    for window in (old, shop.window):
+        shop.write(20, at=window.start)
+    shop.materialize(old, shop.window)
+    whole = source.preflight
+    monkeypatch.setattr(source, "preflight", lambda connection: replace(whole(connection), identity="the next timeline"))
+    shop.execute(f"DELETE FROM core.tb_entity_change_log WHERE created_at < '{old.end.isoformat()}'")  # kept for a few hours only
+    shop.write(1, at=old.start)
+    shop.write(1, verb="MELT", at=old.start)
+    with pytest.raises(SourceRefused, match="another cluster, timeline or table"):
+        shop.merge_late()
+    shop.materialize(force=True)
+    with pytest.raises(LakeError, match="late --force"):
+        shop.merge_late()
+    (merged,) = shop.merge_late(force=True)
+    assert (merged.window, merged.commit.outcome, merged.commit.accepted_rows) == (old, "merged", 21)
+    assert (merged.commit.identity, merged.commit.quarantined_rows) == ("the next timeline", 1)
+    assert (merged.source_rows, merged.accepted_rows, merged.quarantined_rows) == (2, 1, 1)
+    shop.write(1, at=old.start)
+    (again,) = shop.merge_late()
+    assert again.commit.accepted_rows == 22

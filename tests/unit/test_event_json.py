@@ -256,7 +256,12 @@ def test_microseconds_hold_years_that_nanoseconds_do_not() -> None:
 
 
 def test_microseconds_reach_beyond_nanoseconds_whatever_the_digits() -> None:
-    texts = ["1600-01-01T00:00:00.123456789Z", "2026-11-01T00:00:00.1234567Z", "1600-01-01T02:00:00.12+02:00", "9998-12-31T00:00:00Z"]
+    texts = [
+        "1600-01-01T00:00:00.123456789Z",
+        "2026-11-01T00:00:00.1234567Z",
+        "1600-01-01T02:00:00.12+02:00",
+        "9998-12-31T00:00:00Z",
+    ]
     found = events_from_json(b"\n".join(line(timestamp=text) for text in texts), schema=EVENT_SCHEMA)["timestamp"].to_pylist()
     assert [at.isoformat() for at in found] == [
         "1600-01-01T00:00:00.123456+00:00",

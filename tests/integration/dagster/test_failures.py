@@ -91,23 +91,39 @@ def test_an_unreachable_source_is_tried_again_and_named(
     assert _message(run)
 
 
-def test_windows_before_a_failed_one_are_reported_and_the_halted_one_tells_why(location: Location, changelog_url: str) -> None:
+def test_windows_beside_refused_ones_are_reported_and_each_halted_one_tells_why(location: Location, changelog_url: str) -> None:
+    halted = {MORNING[1], MORNING[2]}
+    sound = [window for window in MORNING if window not in halted]
     write(changelog_url, MORNING[0], 10)
-    write(changelog_url, MORNING[1], 10)
+    write(changelog_url, MORNING[1], 100, broken=40)
     write(changelog_url, MORNING[2], 100, broken=50)
     run = location.run(*MORNING)
     assert not run.success
     assert _attempts(run) == 1
-    assert MORNING[2].key in _message(run)
+    assert all(window.key in _message(run) for window in halted)
     assert {key: shown["dagster/partition_row_count"] for key, shown in location.metadata().items()} == {
-        MORNING[0].key: 10,
-        MORNING[1].key: 10,
+        window.key: 10 if window == MORNING[0] else 0 for window in sound
     }
-    assert set(location.metadata(QUARANTINE)) == {MORNING[0].key, MORNING[1].key}
-    assert set(location.lake.published()) == {MORNING[0], MORNING[1]}
+    assert set(location.metadata(QUARANTINE)) == {window.key for window in sound}
+    assert set(location.lake.published()) == set(sound)
     found = location.checks("quarantine_share")
-    assert found[MORNING[0].key] == found[MORNING[1].key] == ("SUCCEEDED", True)
-    assert found[MORNING[2].key] == ("FAILED", True)
+    assert {found[window.key] for window in sound} == {("SUCCEEDED", True)}
+    assert {found[window.key] for window in halted} == {("FAILED", True)}
+
+
+def test_late_events_that_are_refused_keep_no_missing_window_waiting(location: Location, changelog_url: str) -> None:
+    refused, standing, missing = MORNING[:3]
+    write(changelog_url, refused, 30)
+    assert location.run(refused, standing).success
+    write(changelog_url, refused, 5, broken=90)
+    write(changelog_url, missing, 10)
+    run = location.run(refused, standing, missing, config={"only_new": True})
+    assert not run.success
+    assert refused.key in _message(run)
+    assert location.metadata()[missing.key]["dagster/partition_row_count"] == 10
+    found = location.checks("quarantine_share")
+    assert found[refused.key][0] == "FAILED"
+    assert found[standing.key] == found[missing.key] == ("SUCCEEDED", True)
 
 
 def test_a_missing_window_that_halts_fails_its_own_check_and_leaves_the_standing_ones(
