@@ -10,7 +10,11 @@ Exit codes: 0 done · 1 a defect or an interrupted run · 2 a wrong argument or 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,7 +36,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _interrupted_by_sigterm():
+                return super().invoke(ctx)
         except PipelineError as error:
             lines = [f"Error: {error}"]
             if isinstance(error, SettleTimeout):
@@ -45,6 +50,23 @@ class Commands(click.Group):
             # Nobody reads stderr any more; closing it keeps the interpreter from complaining at exit.
             sys.stderr.close()
             ctx.exit(0)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that what it began is put in order; `serve` has handlers of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _store(output: Output) -> list[str]:

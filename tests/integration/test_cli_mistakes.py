@@ -392,3 +392,21 @@ def _root_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handlers = list(logging.root.handlers)
     yield
     logging.root.handlers[:] = handlers
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_half_done(changelog_url: str, tmp_path: Path) -> None:
+    program = "import sys; from fraiseql_pipeline.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "sample", "--events", "2000000"]
+    with (
+        psycopg.connect(changelog_url, autocommit=True) as log,
+        subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, "FRAISEQL_DATABASE_URL": changelog_url}, stderr=subprocess.PIPE, text=True
+        ) as running,
+    ):
+        while log.execute("SELECT count(*) FROM core.tb_entity_change_log").fetchone() == (0,):
+            assert running.poll() is None
+        running.terminate()
+        _, said = running.communicate(timeout=60)
+        assert (running.returncode, said.strip().splitlines()[-1]) == (1, "Aborted!")
+        assert log.execute("SELECT count(*) FROM core.tb_entity_change_log").fetchone() == (0,)
+        assert log.execute("SELECT count(*) FROM pg_indexes WHERE tablename = 'tb_entity_change_log'").fetchone() == (6,)
