@@ -75,7 +75,7 @@ TICKET_KEYS = {
         '["pk", "event_id", "data"]',
         "columns of [`events`](configuration.md#columns-of-events), in this order; else the first eight",
     ),
-    "profile": ('"compact"', "`plain` or `compact`; else the session's, the header's or the server's"),
+    "profile": ('"compact"', "`plain` or `compact`; else the header's, the session's or the server's"),
     "codec": ('"lz4"', "`none`, `lz4` or `zstd`; likewise"),
     "table_version": ("0", "a version of the table, as receipts and commits name it; else the newest. Kept for seven days"),
     "after_pk": ("100", "only events whose key is larger, whatever their time: what settled since a receipt named that key"),

@@ -16,7 +16,8 @@ Invariants
  2. Frames hold the batch's rows in order; each holds at least one row and at most the rows it was allowed.
  3. No frame exceeds ``MAX_FRAME_BYTES`` (4 MiB, the limit of a Go, Rust or grpcio client that sets none), unless one single event
     does: nothing can split a value over two messages, so that event travels alone.
- 4. A frame holds no dictionary: ``dictionary_frames`` makes those of a run of frames, of exactly the values they are given.
+ 4. A frame holds no dictionary: ``dictionary_frames`` makes those of a run of frames, of exactly the values they are given. Values that
+    ``dictionary_fits`` make a message that 3. holds for.
  5. ``checksum`` depends on the events and the profile alone: not on order, codec or batches. The sum of parts is that of the whole.
 """
 
@@ -46,6 +47,9 @@ MAX_FRAME_BYTES = 4 * 1024 * 1024
 FRAME_BYTES = 2 * 1024 * 1024
 COMPRESSED_FRAME_BYTES = 8 * 1024 * 1024
 
+#: Bytes of the values of one dictionary: what does not compress grows a little, and its header comes on top.
+MAX_DICTIONARY_BYTES = MAX_FRAME_BYTES // 16 * 15
+
 #: Tags and lengths around the two parts of a message.
 _ENVELOPE_BYTES = 16
 
@@ -68,7 +72,7 @@ _UUID_TEXT_BYTES = 36
 _DIGITS = tuple(at for at in range(_UUID_TEXT_BYTES) if at not in {8, 13, 18, 23})
 
 #: The columns of ``compact`` that have another type than the lake's. A verb fits a byte and a GraphQL schema's types two; users and tenants
-#: may be as many as the rows.
+#: may be as many as the rows. A lake that has more is sent with more dictionaries: see ``dictionary_fits``.
 _COMPACT = {
     "event_id": UUID,
     "entity_id": UUID,
@@ -97,11 +101,18 @@ class Encoding:
 
     @classmethod
     def parse(cls, name: str) -> Encoding:
-        """The encoding of a name: profile and codec, or one of them. Raises ``TicketError`` with the names there are."""
+        """The encoding of a name, plain and zstd where it leaves them open. Raises ``TicketError`` with the names there are."""
+        profile, codec = cls.named(name)
+        return cls(profile or "plain", codec or "zstd")
+
+    @classmethod
+    def named(cls, name: str) -> tuple[str | None, str | None]:
+        """The profile and the codec of a name; None: it is one of the other alone. Raises ``TicketError`` with the names there are."""
         profile, _, codec = name.partition("+")
         if not codec and profile in CODECS:
-            return cls(codec=profile)
-        return cls(profile, codec or "zstd")
+            return None, profile
+        checked = cls(profile, codec or "zstd")
+        return checked.profile, codec or None
 
     def __str__(self) -> str:
         return f"{self.profile}+{self.codec}"
@@ -140,6 +151,15 @@ def stream_schema(columns: Sequence[str], encoding: Encoding) -> pa.Schema:
 def without_dictionaries(schema: pa.Schema) -> pa.Schema:
     """The schema of what a frame holds: of dictionary columns, the indices."""
     return pa.schema([f.with_type(f.type.index_type) if pa.types.is_dictionary(f.type) else f for f in schema])
+
+
+def dictionary_fits(column: str, values: pa.Array) -> bool:
+    """Whether a dictionary of ``compact`` can have these values: their number as its indices, their bytes in one message.
+
+    One value alone fits whatever it weighs: nothing can split it.
+    """
+    most = 2 ** (_COMPACT[column].index_type.bit_width - 1)
+    return len(values) <= 1 or (len(values) <= most and values.nbytes <= MAX_DICTIONARY_BYTES)
 
 
 # ------------------------------------------------------------------------------------------------------------------ batches

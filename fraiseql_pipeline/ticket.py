@@ -59,7 +59,8 @@ class Ticket:
 
     ``entity_types``: none means all. ``batch_size``: the most rows of one batch; none leaves it to the server. ``columns``: none means the
     eight of ``WIRE_SCHEMA``. ``limit``: the most events of the whole stream, the first in order. ``table_version``: the snapshot to read; none is
-    the newest.
+    the newest. ``endless``: the ticket said ``now`` and means all that has settled, which may be ahead of the clock; its ``end`` is
+    then no time that anybody asked for, and its JSON form says ``now`` again.
     Raises ``TicketError`` for a value out of range.
     """
 
@@ -75,6 +76,7 @@ class Ticket:
     limit: int | None = None
     follow: bool = False
     allow_missing: bool = False
+    endless: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", as_utc(self.start))
@@ -129,14 +131,14 @@ class Ticket:
 
     @property
     def json(self) -> str:
-        """The JSON form, without the options that have their default; times are absolute."""
+        """The JSON form, without the options that have their default; times are absolute, but for the end of an endless one."""
         said: dict[str, Any] = {"type": "events", "entity_type": list(self.entity_types) or "*"}
-        said |= {"start": _iso(self.start), "end": _iso(self.end)}
+        said |= {"start": _iso(self.start), "end": "now" if self.endless else _iso(self.end)}
         said |= {name: getattr(self, name) for name, default in _OPTIONS.items() if getattr(self, name) != default}
         return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
 
 
-_OPTIONS = {field.name: field.default for field in fields(Ticket) if field.name not in {"entity_types", "start", "end"}}
+_OPTIONS = {field.name: field.default for field in fields(Ticket) if field.name not in {"entity_types", "start", "end", "endless"}}
 
 
 # -------------------------------------------------------------------------------------------------------------------- text

@@ -21,7 +21,7 @@ from fraiseql_pipeline.flight import protocol, session
 from fraiseql_pipeline.flight.auth import ADMIN, READ, Authenticator
 from fraiseql_pipeline.flight.edge import ANY, MAX_REQUEST_BYTES, Call, Edge
 from fraiseql_pipeline.flight.limits import Streams
-from fraiseql_pipeline.flight.service import FlightService
+from fraiseql_pipeline.flight.service import FlightService, parse
 from fraiseql_pipeline.lake import Lake
 
 
@@ -55,13 +55,13 @@ class Actions:
 
         A payload is a ``BasicAuth`` message, or ``Bearer <token>`` as upstream's clients send it; without one, the header counts.
         """
-        request = _parse(protocol.HandshakeRequest, next(requests, b""))
+        request = parse(protocol.HandshakeRequest, next(requests, b""))
         metadata = list(call.context.invocation_metadata())
         given = None
         if request.payload.startswith(b"Bearer "):
             metadata.append(("authorization", request.payload))
         elif request.payload:
-            basic = _parse(protocol.BasicAuth, request.payload)
+            basic = parse(protocol.BasicAuth, request.payload)
             given = (basic.username, basic.password)
         identities = tuple(call.context.peer_identities() or ())
         call.caller, token = self._authenticator.handshake(metadata, given, identities)
@@ -75,14 +75,14 @@ class Actions:
 
     def list_actions(self, request: bytes, call: Call) -> Iterator[bytes]:
         """The actions the caller may ask for."""
-        _parse(protocol.Empty, request)
+        parse(protocol.Empty, request)
         for name, action in _ACTIONS.items():
             if action.scope in call.caller.scopes:
                 yield protocol.ActionType(type=name, description=action.description).SerializeToString()
 
     def do_action(self, request: bytes, call: Call) -> Iterator[bytes]:
         """One result per action."""
-        asked = _parse(protocol.Action, request)
+        asked = parse(protocol.Action, request)
         action = _ACTIONS.get(asked.type)
         if action is None:
             raise NotOffered(f"There is no such action; this server has {', '.join(_ACTIONS)}.")
@@ -105,17 +105,17 @@ class Actions:
         return json.dumps({"status": "ok", "rows": self._service.warm(body, call)}).encode()
 
     def _cancel(self, body: bytes, call: Call) -> bytes:
-        info = _parse(protocol.CancelFlightInfoRequest, body).info
-        ended = sum(self._streams.cancel(endpoint.ticket.ticket, call.caller.principal) for endpoint in info.endpoint)
+        info = parse(protocol.CancelFlightInfoRequest, body).info
+        ended = sum(self._streams.cancel(endpoint.ticket.ticket, call.caller) for endpoint in info.endpoint)
         status = protocol.CANCELLED if ended else protocol.NOT_CANCELLABLE
         return protocol.CancelFlightInfoResult(status=status).SerializeToString()
 
     def _renew(self, body: bytes, call: Call) -> bytes:
-        endpoint = _parse(protocol.RenewFlightEndpointRequest, body).endpoint
+        endpoint = parse(protocol.RenewFlightEndpointRequest, body).endpoint
         return self._service.renewed(endpoint, call).SerializeToString()
 
     def _set_options(self, body: bytes, call: Call) -> bytes:
-        request = _parse(protocol.SetSessionOptionsRequest, body)
+        request = parse(protocol.SetSessionOptionsRequest, body)
         options = session.from_cookies(call.header("cookie"))
         errors = []
         for asked in request.session_options:
@@ -139,7 +139,7 @@ class Actions:
         return protocol.SetSessionOptionsResult(errors=errors).SerializeToString()
 
     def _get_options(self, body: bytes, call: Call) -> bytes:
-        _parse(protocol.GetSessionOptionsRequest, body)
+        parse(protocol.GetSessionOptionsRequest, body)
         found = []
         for name, value in session.from_cookies(call.header("cookie")).items():
             given = {"int64_value": value} if isinstance(value, int) else {"string_value": value}
@@ -147,7 +147,7 @@ class Actions:
         return protocol.GetSessionOptionsResult(session_options=found).SerializeToString()
 
     def _close_session(self, body: bytes, call: Call) -> bytes:
-        _parse(protocol.CloseSessionRequest, body)
+        parse(protocol.CloseSessionRequest, body)
         call.context.send_initial_metadata((("set-cookie", session.to_cookie({})),))
         return protocol.CloseSessionResult(status=protocol.CLOSED).SerializeToString()
 
@@ -188,10 +188,3 @@ def health() -> grpc.GenericRpcHandler[Any, Any]:
 
 def _native(value: Any, kind: str) -> Any:
     return list(value.string_list_value.values) if kind == "string_list_value" else getattr(value, kind)
-
-
-def _parse(kind: Any, request: bytes) -> Any:
-    try:
-        return kind.FromString(request)
-    except DecodeError:
-        raise TicketError(f"The request must be a {kind.DESCRIPTOR.full_name} message.") from None

@@ -61,6 +61,11 @@ class Caller:
     org_id: str | None
     scopes: frozenset[str]
 
+    @property
+    def name(self) -> str:
+        """Who it is, for what is one caller's own (tickets, streams, slots): two tenants may each have a principal of the same name."""
+        return f"{self.principal}\0{self.org_id or ''}"
+
 
 def new_token(principal: str, org_id: str | None, scopes: Iterable[str]) -> tuple[str, str]:
     """A new token, and the line for the tokens file. Raises ``SettingsError`` for what a line cannot say."""

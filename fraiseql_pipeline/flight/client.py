@@ -77,7 +77,8 @@ class Client:
             raise InputError("A token must be printable ASCII without white space.")
         headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
         if profile is not None:
-            headers.append((b"x-fraiseql-encoding", str(Encoding.parse(profile)).encode()))
+            Encoding.named(profile)  # raises before the first call does
+            headers.append((b"x-fraiseql-encoding", profile.encode()))
         self._options = flight.FlightCallOptions(headers=headers, timeout=timeout_seconds)
         with self._translated():
             self._flight = flight.connect(self.url, **{name: _pem(name, value) for name, value in tls.items() if value is not None})
@@ -210,7 +211,7 @@ def connect(
 
     ``token`` is sent with every call. For TLS: ``tls_root_certs``, the authorities to trust (the system's when left out), and for mutual
     TLS ``cert_chain`` and ``private_key``; each is PEM bytes, or the path of a PEM file. ``profile``: how events travel where a read says
-    nothing else, such as ``compact`` or ``compact+lz4``; they are turned back into the plain columns. ``timeout_seconds``: how long one
+    nothing else, such as ``compact`` or ``compact+lz4``, what it leaves out being the server's choice; they are turned back into the plain columns. ``timeout_seconds``: how long one
     call may take, a stream's last batch included; none: for ever. The connection is made by the first call.
     """
     return Client(url, token=token, profile=profile, timeout_seconds=timeout_seconds, **tls)

@@ -119,6 +119,8 @@ class Call:
             try:
                 request = next(requests)
             except StopIteration:
+                if running.cut is not None:  # gRPC may end the requests before it knows that the call was cut
+                    raise ClientGone from None
                 return
             finally:
                 running.receiving_since = None

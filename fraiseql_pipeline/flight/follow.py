@@ -7,7 +7,8 @@ Invariants
  1. Behind the events that a plan finds come those that settle later, each once and none up to the ticket's ``after_pk``: within what settles
     together in (timestamp, pk) order.
  2. The last message of each turn says up to which key everything was sent (``settled_pk``), as does a message without events when
-    nothing was sent for a while: a reader who was cut goes on from there, with ``after_pk``. This key never falls.
+    nothing was sent for a while: a reader who was cut goes on from there, with ``after_pk``. This key never falls. A turn that a limit
+    cuts says none, and the receipt that of the turn before.
  3. It ends like any stream, with a receipt: when its time is over, its limit is reached, its end has settled, or the server stops.
  4. A follower who falls behind the rounds in memory reads what it missed as any reader does; it holds up nobody.
 """
@@ -55,11 +56,14 @@ def follow(
     through = decided.complete_through
     while True:
         yield from streams.frames(decided, sender)
+        cut = sender.full
+        if cut:
+            return replace(decided, complete_through=through)
         pk = decided.settled_pk or 0
         yield from receipt_frames(decided.stream_schema, _note(pk), first=not sender.has_dictionaries)
         said = began = time.monotonic()
         while True:
-            if sender.full or time.monotonic() > deadline or live.closed or not alive():
+            if time.monotonic() > deadline or live.closed or not alive():
                 return replace(decided, settled_pk=pk, complete_through=through)
             if live.rounds.epoch != epoch:
                 raise FlightUnavailable("The change log was rebuilt or replaced; read anew.")
@@ -74,9 +78,12 @@ def follow(
                 break
             rounds, upto_pk = found
             for one in rounds:
-                for message in _told(_turn(one, pk, decided, sender), one.upto_pk):
+                for message in _told(_turn(one, pk, decided, sender), sender, one.upto_pk):
                     said = time.monotonic()
                     yield message
+                if sender.full:
+                    return replace(decided, ticket=replace(decided.ticket, after_pk=pk), complete_through=through)
+                pk = one.upto_pk
             pk = upto_pk
             through = min(decided.ticket.end, max(through, settled_at))
             if to_micros(settled_at) >= decided.span[1]:
@@ -98,15 +105,15 @@ def _turn(one: Round, pk: int, decided: Plan, sender: Sender) -> Iterator[bytes]
         yield from sender.send(entry, item, whole=True)
 
 
-def _told(messages: Iterator[bytes], pk: int) -> Iterator[bytes]:
-    """The messages, the last with a note of the key."""
+def _told(messages: Iterator[bytes], sender: Sender, pk: int) -> Iterator[bytes]:
+    """The messages, the last with a note of the key, unless the limit has cut it."""
     last = None
     for message in messages:
         if last is not None:
             yield last
         last = message
     if last is not None:
-        yield with_metadata(last, _note(pk))
+        yield last if sender.full else with_metadata(last, _note(pk))
 
 
 def _note(pk: int) -> bytes:

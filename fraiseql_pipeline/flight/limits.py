@@ -85,10 +85,10 @@ class Kind:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A call that has a slot. ``cut``: why it was ended from outside; None: it was not."""
+    """A call that has a slot. ``caller``: None while nobody knows. ``cut``: why it was ended from outside; None: it was not."""
 
     context: grpc.ServicerContext
-    principal: str
+    caller: Caller | None
     lifetime_seconds: float
     began: float = field(default_factory=time.monotonic)
     names: frozenset[bytes] = frozenset()
@@ -163,27 +163,27 @@ class Streams:
 
     def stream(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
         """A stream of events. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
-        return self._run(self._streams, caller.principal, context, None if shared else caller.principal)
+        return self._run(self._streams, caller, context, None if shared else caller.name)
 
     def plan(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
         """A call with one answer, which may wait for the lake and the database. Raises ``FlightBusy``."""
-        return self._run(self._plans, caller.principal, context, None if shared else caller.principal)
+        return self._run(self._plans, caller, context, None if shared else caller.name)
 
     def short(self, caller: Caller, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
         """Any other call that sends messages. Raises ``FlightBusy``."""
-        return self._run(self._short, caller.principal, context, None)
+        return self._run(self._short, caller, context, None)
 
     def handshake(self, caller: Caller | None, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
         """A call of somebody who logs in. ``caller``: whom its header proves it to be; None: nobody yet. Raises ``FlightBusy``."""
         if caller is not None:
-            return self._run(self._logins, caller.principal, context, caller.principal)
+            return self._run(self._logins, caller, context, caller.name)
         address = context.peer().rpartition(":")[0]
-        return self._run(self._strangers, "", context, address)
+        return self._run(self._strangers, None, context, address)
 
-    def cancel(self, name: bytes, principal: str) -> int:
-        """End the streams of one principal that carry this name; how many there were."""
+    def cancel(self, name: bytes, caller: Caller) -> int:
+        """End the streams of a caller that carry this name; how many there were."""
         with self._lock:
-            named = [running for running in self._running if running.principal == principal and name in running.names]
+            named = [r for r in self._running if r.caller is not None and r.caller.name == caller.name and name in r.names]
             found = [running for running in named if running.cut is None]
         for running in found:
             self._cut(running, "cancelled")
@@ -193,8 +193,8 @@ class Streams:
         self._ended.set()
 
     @contextmanager
-    def _run(self, kind: Kind, principal: str, context: grpc.ServicerContext, limited: str | None) -> Iterator[Running]:
-        running = Running(context, principal, kind.seconds)
+    def _run(self, kind: Kind, caller: Caller | None, context: grpc.ServicerContext, limited: str | None) -> Iterator[Running]:
+        running = Running(context, caller, kind.seconds)
         with self._lock:
             self._admit(kind, limited)
             self._running.add(running)
@@ -263,7 +263,7 @@ class Streams:
             ),
             "cancelled": (grpc.StatusCode.ABORTED, "The stream was ended by CancelFlightInfo."),
         }[reason]
-        _log.info("a stream of %s was cut: %s", running.principal or "a handshake", reason)
+        _log.info("a stream of %s was cut: %s", "a handshake" if running.caller is None else running.caller.principal, reason)
         try:
             context._rpc_event.call.cancel(code.value[0], sentence)  # see the module's docstring
         except (AttributeError, TypeError):

@@ -1,7 +1,7 @@
 """Plan: a ticket over one view, decided once → what its stream will hold.
 
-What lives here: which windows and files a ticket covers, what is missing among them, how it is shared out over endpoints, and what
-the client is told about it. What must not: gRPC, frames, the clock, how a view comes about (``view.py``).
+What lives here: which windows and files a ticket covers, what is missing among them, how it is shared out over endpoints, what
+the client is told about it, and its rows for who wants no frames. What must not: gRPC, frames, the clock, how a view comes about (``view.py``).
 
 Invariants
  1. A plan holds one view; everything its stream reads, and everything it says, is of that table version and, where the view has a live
@@ -13,7 +13,7 @@ Invariants
  4. A plan costs the same whatever the number of windows, but for those it counts over: the view of a version is built once.
  5. Where a log is followed, the streams of a ticket and of the next tickets of their receipts hold every event of its range that settles,
     once: each begins at the key where the one before ended, and that key never falls. So such a range is bounded by that key and, where its
-    ticket names an end, by that end; never by the time at which somebody asked.
+    ticket names an end, by that end; never by the time at which somebody asked. What the lake alone answers there has no next ticket.
  6. What a tenant is told of a plan, its endpoints included, does not depend on when others' events settled.
 """
 
@@ -47,9 +47,7 @@ ENDPOINT_ROWS = 262_144
 
 _MICROSECOND = timedelta(microseconds=1)
 
-#: The end of a ticket without one: until now, where a log is followed, is up to a key, and events may be ahead of the clock.
-FOR_EVER = datetime.max.replace(tzinfo=UTC)
-#: The last day of which nanoseconds can hold every time: what is without an end ends here in a stream that has times.
+#: The last day of which nanoseconds can hold every time: what is endless ends here in a stream that has times.
 _LAST_NANOSECONDS = datetime(2262, 4, 11, tzinfo=UTC)
 
 
@@ -61,7 +59,8 @@ class Plan:
     the range cuts a window or a filter applies. ``complete_through`` is the end of the newest published window, or when the live part was
     all that had settled, at most the end of the ticket; ``settled_pk``: every event of the range up to this key is in, at least the ticket's
     ``after_pk``, None where nothing is read or the key is not known; ``provisional_windows`` of the windows read may still get events of
-    transactions that were open; ``missing_windows`` is 0 unless the ticket allows holes.
+    transactions that were open; ``missing_windows`` is 0 unless the ticket allows holes. ``followed``: the server follows a log, which may
+    be away for the moment.
     """
 
     ticket: Ticket
@@ -73,6 +72,7 @@ class Plan:
     provisional_windows: int
     missing_windows: int
     org_id: str | None = None
+    followed: bool = False
 
     @property
     def snapshot(self) -> Snapshot:
@@ -143,8 +143,9 @@ class Plan:
         return [self._part(low, high) for low, high in pairwise(edges)]
 
     def _part(self, low: int, high: int) -> Plan:
-        end = self.ticket.end if high == self.span[1] else to_instant(high)
-        ticket = replace(self.ticket, start=to_instant(low), end=end)
+        last = high == self.span[1]
+        end = self.ticket.end if last else to_instant(high)
+        ticket = replace(self.ticket, start=to_instant(low), end=end, endless=self.ticket.endless and last)
         return replace(self, ticket=ticket, rows=None)
 
     def metadata(self, **more: object) -> bytes:
@@ -154,42 +155,47 @@ class Plan:
             "codec": self.encoding.codec,
             "table_version": self.snapshot.version if self.snapshot.version >= 0 else None,
             "complete_through": self.complete_through.isoformat(),
-            "settled_pk": self.settled_pk,
+            "settled_pk": self._settled_pk(more.get("rows", self.rows)),
             "provisional_windows": self.provisional_windows,
             "missing_windows": self.missing_windows,
             "next_ticket": self.next_ticket(),
         }
         return json.dumps(facts | more).encode()
 
+    def _settled_pk(self, rows: object) -> int | None:
+        """What is told of it with so many events: those that a limit cuts off may have any key above the ticket's."""
+        whole = self.ticket.limit is None or (isinstance(rows, int) and rows < self.ticket.limit)
+        return self.settled_pk if whole else self.ticket.after_pk
+
     def pinned_ticket(self) -> Ticket:
         """A ticket for the same events of the same table version in the same encoding, whenever it is redeemed.
 
         One that reaches into what is not in the lake yet names no version: its events may be in a later one when it is redeemed. Nor does
-        one that follows; nor a tenant's where a log is followed: it would tell whether others' events are late.
+        one that follows; nor a tenant's where a log is followed: it would tell whether others' events are late. Its end is a time, even
+        of what is endless: it may start ahead of the clock, and then "now" would end before.
         """
         live = self.view.live
         moves = live is not None and (self.ticket.follow or self.org_id is not None or self.span[1] > live.since)
         version = None if moves else self.snapshot.version
-        return replace(self.ticket, table_version=version, profile=self.encoding.profile, codec=self.encoding.codec)
+        end = to_instant(self.span[1])
+        profile, codec = self.encoding.profile, self.encoding.codec
+        return replace(self.ticket, end=end, endless=False, table_version=version, profile=profile, codec=codec)
 
     def next_ticket(self) -> str | None:
         """The ticket for what comes after this stream, up to then; None behind a limit, which may end anywhere.
 
-        Where a log is followed: for the events of the same range that settle later, whatever their time. Else: for what is published later,
-        behind the range too.
+        Where a log is followed: for the events of the same range that settle later, whatever their time; None from the lake alone, which
+        does not tell which of its events will have been late. Else: for what is published later, behind the range too.
         """
-        if self.ticket.limit is not None:
+        if self.ticket.limit is not None or (self.followed and self.view.live is None):
             return None
         if self.view.live is not None:
-            after = json.loads(replace(self.ticket, after_pk=self.settled_pk).json)
-            if self.ticket.end == FOR_EVER:
-                after["end"] = "now"
-        else:
-            start = max(self.complete_through, self.ticket.start)
-            # A key is one of the range: what lies behind the range was never read.
-            after_pk = self.ticket.after_pk if start < self.ticket.end else None
-            after = json.loads(replace(self.ticket, table_version=None, after_pk=after_pk).json)
-            after |= {"start": start.isoformat(), "end": "now"}
+            return replace(self.ticket, after_pk=self.settled_pk).json
+        start = max(self.complete_through, self.ticket.start)
+        # A key is one of the range: what lies behind the range was never read.
+        after_pk = self.ticket.after_pk if start < self.ticket.end else None
+        after = json.loads(replace(self.ticket, table_version=None, after_pk=after_pk).json)
+        after |= {"start": start.isoformat(), "end": "now"}
         return json.dumps(after, ensure_ascii=False, separators=(",", ":"))
 
     def batches(self) -> Generator[pa.RecordBatch]:
@@ -223,10 +229,12 @@ def plan(
     size: WindowSize,
     org_id: str | None = None,
     encoding: Encoding | None = None,
+    followed: bool = False,
 ) -> Plan:
     """Decide what ``ticket`` reads of a version for the tenant ``org_id``, or for all.
 
-    ``encoding`` is what the ticket leaves open. Raises ``WindowMissing`` for a hole, ``LakeEmpty`` when nothing is published at all.
+    ``encoding`` is what the ticket leaves open; ``followed``: see ``Plan``. Raises ``WindowMissing`` for a hole, ``LakeEmpty`` when nothing
+    is published at all.
     """
     view = View(view) if isinstance(view, Snapshot) else view
     start, end = _span(ticket)
@@ -250,16 +258,19 @@ def plan(
     )
     rows = (view.rows[high] - view.rows[low] if high > low else 0) if whole else None
     default = encoding or Encoding()
+    # The log has events outside the published windows, with smaller keys too.
+    partial = followed and view.live is None and bool(view.uncovered(max(start, begin), end))
     return Plan(
         ticket=ticket,
         view=view,
         encoding=Encoding(ticket.profile or default.profile, ticket.codec or default.codec),
         rows=rows if rows is None or ticket.limit is None else min(rows, ticket.limit),
         complete_through=min(view.extent[1], ticket.end),
-        settled_pk=_settled(view, low, high, ticket.after_pk or 0),
+        settled_pk=None if partial else _settled(view, low, high, ticket.after_pk or 0),
         provisional_windows=view.provisional[high] - view.provisional[low] if high > low else 0,
         missing_windows=sum(_count(gap, size) for gap in gaps),
         org_id=org_id,
+        followed=followed,
     )
 
 
@@ -272,8 +283,8 @@ def _settled(view: View, low: int, high: int, after_pk: int) -> int | None:
 
 
 def _span(ticket: Ticket) -> tuple[int, int]:
-    endless = ticket.end == FOR_EVER and _has_times(ticket)
-    return to_micros(ticket.start), to_micros(max(_LAST_NANOSECONDS, ticket.start) if endless else ticket.end)
+    clamped = ticket.endless and _has_times(ticket)
+    return to_micros(ticket.start), to_micros(max(_LAST_NANOSECONDS, ticket.start) if clamped else ticket.end)
 
 
 def _has_times(ticket: Ticket) -> bool:

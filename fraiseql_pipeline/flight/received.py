@@ -18,17 +18,19 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
+from fraiseql_pipeline import errors
 from fraiseql_pipeline.encoding import checksum, plain_schema, to_plain
 from fraiseql_pipeline.errors import (
     FlightBusy,
+    FlightRefused,
     FlightUnavailable,
     LakeDamaged,
     LakeEmpty,
     NotAllowed,
     NotAuthenticated,
+    NotOffered,
     PipelineError,
     TicketError,
-    WindowMissing,
 )
 
 
@@ -178,11 +180,21 @@ _SENTENCE = re.compile(
 )
 _KINDS: tuple[tuple[str, type[PipelineError]], ...] = (
     ("invalid argument error", TicketError),
-    ("precondition failed error", WindowMissing),
+    ("precondition failed error", FlightRefused),
     ("not found error", LakeEmpty),
     ("resource exhausted error", FlightBusy),
     ("data loss error", LakeDamaged),
+    ("unimplemented error", NotOffered),
+    # The same call fails the same way: whoever runs the server finds out why.
+    ("internal error", FlightRefused),
 )
+# Of the errors that are no other code's, the server names the class: what asks for other data or another setup, and not for another try.
+_DETAIL = re.compile(r"\.? ?Detail: (\w+)")
+_NAMED = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, PipelineError) and not kind.retryable
+}
 
 
 @contextmanager
@@ -200,8 +212,9 @@ def translated(url: str) -> Iterator[None]:
         if isinstance(error, flight.FlightUnauthorizedError):
             raise NotAllowed(sentence) from None
         for words, kind in _KINDS:
-            if sentence and words in head:
-                raise kind(sentence) from None
+            if found and sentence and words in head:
+                detail = _DETAIL.match(text, found.end(1))
+                raise _NAMED.get(detail[1] if detail else "", kind)(sentence) from None
         if isinstance(error, flight.FlightUnavailableError) and "failed to connect" in sentence:
             raise FlightUnavailable(f"No Flight server answers at {url}; start one with fraiseql-pipeline serve.") from None
         raise FlightUnavailable(f"The Flight server at {url} failed: {sentence or 'the connection broke off'}") from None

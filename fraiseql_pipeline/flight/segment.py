@@ -4,7 +4,7 @@ What lives here: the cut of a snapshot into units and groups, and their rows as 
 
     unit      files whose times overlap; nearly always one, since a file that this package writes holds one window
     group     what is encoded at once and kept together: one row group of a file that is in order, or else a whole unit
-    segment   up to 131,072 events of a group that share their dictionaries
+    segment   up to 131,072 events of a group that share their dictionaries; fewer where those would not fit a message
 
 Invariants
  1. The segments of a group, and the groups of all units in order, hold every event once in (timestamp, pk) order, whoever wrote the files.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fraiseql_pipeline.encoding import FEW_VALUES, FRAME_BYTES
+from fraiseql_pipeline.encoding import FEW_VALUES, FRAME_BYTES, dictionary_fits
 from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
 from fraiseql_pipeline.lake import File, Snapshot, file_errors
@@ -207,7 +207,8 @@ def segments(
 ) -> Iterator[Segment]:
     """The events of a group that ``wanted`` keeps, as ``columns`` of the lake; ``span``: those in [start, end) only (µs).
 
-    Columns of ``FEW_VALUES`` are dictionaries of exactly the values in the segment, sorted. Raises ``LakeDamaged``.
+    Columns of ``FEW_VALUES`` are dictionaries of exactly the values in the segment, sorted. Segments are read in order, each to its end.
+    Raises ``LakeDamaged``.
     """
     if group.index is not None:
         with file_errors(group.files[0]), _opened(snapshot, group.files[0]) as parquet:
@@ -222,7 +223,7 @@ def segments(
         mask = wanted.mask(lambda name, batch=found: batch.column(name))  # type: ignore[misc]
         batch = found if mask is None else found.filter(mask)
         if batch.num_rows:
-            yield held(batch, columns)
+            yield from held(batch, columns)
 
 
 def _read_alone(
@@ -245,16 +246,15 @@ def _read_alone(
         whole = whole.append_column(_PARTITION, pa.repeat(_date(file), whole.num_rows))
         whole = whole if mask is None else whole.filter(mask)
         whole = whole.take(pc.sort_indices(whole, sort_keys=[(name, "ascending") for name in ORDER]))
-        yield held(whole.combine_chunks().to_batches()[0], columns)
+        yield from held(whole.combine_chunks().to_batches()[0], columns)
         return
-    dictionaries, indices = {}, {}
-    for name in few:
-        if name in columns:
-            dictionaries[name], indices[name] = _narrowed(heads[name], mask)
+    stretches = list(_stretches({name: heads[name] for name in few if name in columns}, mask, 0, len(at)))
+    reads = _cut(_bulk(parquet, group.index, bulk, len(at)), [stretch.rows for stretch in stretches])
 
-    def batches() -> Iterator[tuple[pa.RecordBatch, pa.Array, pa.Array]]:
-        start = 0
-        for read in _bulk(parquet, group.index, bulk, len(at)):
+    def batches(stretch: _Stretch) -> Iterator[tuple[pa.RecordBatch, pa.Array, pa.Array]]:
+        start, end = stretch.start, stretch.start + stretch.rows
+        while start < end:
+            read = next(reads)
             rows = read if isinstance(read, int) else read.num_rows
             kept = None if mask is None else mask.slice(start, rows)
             if kept is None or pc.any(kept).as_py():
@@ -267,8 +267,9 @@ def _read_alone(
                 times, keys = part(at), part(pk)
                 arrays = []
                 for name in columns:
-                    if name in indices:
-                        arrays.append(pa.DictionaryArray.from_arrays(part(indices[name]), dictionaries[name]))
+                    if name in stretch.indices:
+                        indices = part(stretch.indices[name], start - stretch.start)
+                        arrays.append(pa.DictionaryArray.from_arrays(indices, stretch.dictionaries[name]))
                     elif name == "timestamp":
                         arrays.append(times.cast(LAKE_SCHEMA.field(name).type))
                     elif name == "pk":
@@ -281,7 +282,47 @@ def _read_alone(
                 yield pa.RecordBatch.from_arrays(arrays, list(columns)), times, keys
             start += rows
 
-    yield Segment(dictionaries, batches())
+    for stretch in stretches:
+        yield Segment(stretch.dictionaries, batches(stretch))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Rows whose columns of few values have dictionaries that fit, and indices into them, one per row (null where it is filtered out)."""
+
+    start: int
+    rows: int
+    dictionaries: dict[str, pa.Array]
+    indices: dict[str, pa.Array]
+
+
+def _stretches(columns: Mapping[str, pa.DictionaryArray], mask: pa.Array | None, start: int, rows: int) -> Iterator[_Stretch]:
+    """``rows`` rows of columns, halved until the dictionaries of each part fit; ``start`` says where they lie in the group."""
+    found = {name: _narrowed(column, mask) for name, column in columns.items()}
+    if rows > 1 and not all(dictionary_fits(name, values) for name, (values, _) in found.items()):
+        # Each half looks at the values of this part only, however many the group has.
+        narrowed = {name: pa.DictionaryArray.from_arrays(indices, values) for name, (values, indices) in found.items()}
+        for first, count in ((0, rows // 2), (rows // 2, rows - rows // 2)):
+            part = {name: column.slice(first, count) for name, column in narrowed.items()}
+            yield from _stretches(part, None if mask is None else mask.slice(first, count), start + first, count)
+        return
+    yield _Stretch(
+        start, rows, {name: values for name, (values, _) in found.items()}, {n: indices for n, (_, indices) in found.items()}
+    )
+
+
+def _cut(reads: Iterator[pa.RecordBatch | int], lengths: Sequence[int]) -> Iterator[pa.RecordBatch | int]:
+    """What ``_bulk`` gives, cut at the ends of stretches of these lengths."""
+    ends = iter(lengths)
+    left = next(ends)
+    for read in reads:
+        rows, first = read if isinstance(read, int) else read.num_rows, 0
+        while first < rows:
+            count = min(rows - first, left)
+            yield count if isinstance(read, int) else read.slice(first, count)
+            first, left = first + count, left - count
+            if not left:
+                left = next(ends, 0)
 
 
 def _bulk(parquet: pq.ParquetFile, index: int | None, names: Sequence[str], rows: int) -> Iterator[pa.RecordBatch | int]:
@@ -300,19 +341,18 @@ def _bulk(parquet: pq.ParquetFile, index: int | None, names: Sequence[str], rows
     yield from parquet.iter_batches(at_once, row_groups=[index], columns=list(names), use_threads=False)
 
 
-def held(batch: pa.RecordBatch, columns: Sequence[str]) -> Segment:
-    """A batch that is in memory, as a segment; it has the columns asked for and those of the order."""
-    dictionaries = {}
-    arrays = []
-    for name in columns:
-        array = batch.column(name)
-        if name in FEW_VALUES:
-            encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-            dictionaries[name], indices = _narrowed(encoded, None)
-            array = pa.DictionaryArray.from_arrays(indices, dictionaries[name])
-        arrays.append(array)
-    at, pk = (batch.column(name).cast(pa.int64()) for name in ORDER)
-    return Segment(dictionaries, iter([(pa.RecordBatch.from_arrays(arrays, list(columns)), at, pk)]))
+def held(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[Segment]:
+    """A batch that is in memory, as segments; it has the columns asked for and those of the order."""
+    few = {name: batch.column(name) for name in columns if name in FEW_VALUES}
+    encoded = {name: column if pa.types.is_dictionary(column.type) else column.dictionary_encode() for name, column in few.items()}
+    for stretch in _stretches(encoded, None, 0, batch.num_rows):
+        rows = batch.slice(stretch.start, stretch.rows)
+        arrays = [
+            pa.DictionaryArray.from_arrays(stretch.indices[name], stretch.dictionaries[name]) if name in few else rows.column(name)
+            for name in columns
+        ]
+        at, pk = (rows.column(name).cast(pa.int64()) for name in ORDER)
+        yield Segment(stretch.dictionaries, iter([(pa.RecordBatch.from_arrays(arrays, list(columns)), at, pk)]))
 
 
 def _narrowed(encoded: pa.DictionaryArray, mask: pa.Array | None) -> tuple[pa.Array, pa.Array]:

@@ -24,12 +24,12 @@ from fraiseql_pipeline.encoding import Encoding, receipt_frames, stream_schema
 from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, TicketError
 from fraiseql_pipeline.flight import limits, protocol, session
 from fraiseql_pipeline.flight.auth import PUBLISH, READ
-from fraiseql_pipeline.flight.edge import Call, Edge, not_offered
+from fraiseql_pipeline.flight.edge import MAX_REQUEST_BYTES, Call, Edge, not_offered
 from fraiseql_pipeline.flight.exchange import exchange
 from fraiseql_pipeline.flight.follow import follow
 from fraiseql_pipeline.flight.frames import FrameStore
 from fraiseql_pipeline.flight.live import Live
-from fraiseql_pipeline.flight.plan import FOR_EVER, Plan, plan
+from fraiseql_pipeline.flight.plan import Plan, plan
 from fraiseql_pipeline.flight.signing import Signer
 from fraiseql_pipeline.flight.stream import FrameStreams, Sender, Sent
 from fraiseql_pipeline.flight.view import View, Views
@@ -45,6 +45,14 @@ ENCODING_HEADER = "x-fraiseql-encoding"
 
 #: Tells a client that the server it asked is one of an endpoint's locations (Flight.rst, "Location URIs").
 _THIS_CONNECTION = "arrow-flight-reuse-connection://?"
+
+#: Bytes that a request may have around an endpoint it brings back: the messages of a renewal have some 30.
+_AROUND_ENDPOINT_BYTES = 1024
+
+_BEGINNING = datetime.min.replace(tzinfo=UTC)
+
+#: Where an endless ticket ends: events may be as far ahead of the clock as they like.
+_FOR_EVER = datetime.max.replace(tzinfo=UTC)
 
 
 def _utc_now() -> datetime:
@@ -97,7 +105,7 @@ class FlightService:
 
     def do_get(self, request: bytes, call: Call) -> Iterator[bytes]:
         """The events of a ticket; see ``messages``."""
-        yield from self.messages(self.planned(_parse(protocol.Ticket, request).ticket, call), call)
+        yield from self.messages(self.planned(parse(protocol.Ticket, request).ticket, call), call)
 
     def planned(self, asked: bytes, call: Call) -> Plan:
         """The plan of a ticket that the call streams next."""
@@ -134,12 +142,12 @@ class FlightService:
 
     def get_flight_info(self, request: bytes, call: Call) -> bytes:
         """Schema, rows and bytes where they are known, and endpoints in order whose tickets name the same events of the same version."""
-        descriptor = _parse(protocol.FlightDescriptor, request)
+        descriptor = parse(protocol.FlightDescriptor, request)
         return self._info(descriptor, self._plan(self._described(descriptor, call), call), call).SerializeToString()
 
     def get_schema(self, request: bytes, call: Call) -> bytes:
         """The schema of the stream a descriptor's ticket gets."""
-        ticket = self._described(_parse(protocol.FlightDescriptor, request), call)
+        ticket = self._described(parse(protocol.FlightDescriptor, request), call)
         encoding = Encoding(ticket.profile or self._encoding.profile, ticket.codec or self._encoding.codec)
         return protocol.SchemaResult(schema=stream_schema(ticket.columns, encoding).serialize().to_pybytes()).SerializeToString()
 
@@ -148,7 +156,7 @@ class FlightService:
 
         What is more than one ticket may ask is listed all the same: a part of it may be asked for. Criteria are a ticket, in any of its forms: then each flight is what the ticket asks of a stretch.
         """
-        expression = _parse(protocol.Criteria, request).expression
+        expression = parse(protocol.Criteria, request).expression
         asked = self._ticket(expression, call) if expression else None
         try:
             view = self._views.newest() if asked is None else self._views.of(asked)
@@ -158,7 +166,9 @@ class FlightService:
             start, end = (first, last) if asked is None else (max(first, asked.start), min(last, asked.end))
             if start >= end:
                 continue
-            named = Ticket(start=start, end=end) if asked is None else replace(asked, start=start, end=end, follow=False)
+            named = (
+                Ticket(start=start, end=end) if asked is None else replace(asked, start=start, end=end, endless=False, follow=False)
+            )
             descriptor = protocol.FlightDescriptor(type=protocol.CMD, cmd=named.text.encode())
             yield self._info(descriptor, self._decided(self._chosen(named, call), call, view), call).SerializeToString()
 
@@ -194,13 +204,18 @@ class FlightService:
         )
 
     def _endpoint(self, ticket: Ticket, call: Call) -> Any:
-        signed, until = self._signer.sign(ticket, _name(call), self._clock())
+        signed, until = self._signer.sign(ticket, call.caller.name, self._clock())
         others = self._settings.locations
         endpoint = protocol.FlightEndpoint(
             ticket=protocol.Ticket(ticket=signed),
             location=[protocol.Location(uri=uri) for uri in ((_THIS_CONNECTION, *others) if others else ())],
         )
         endpoint.expiration_time.FromDatetime(until)
+        if endpoint.ByteSize() > MAX_REQUEST_BYTES - _AROUND_ENDPOINT_BYTES:
+            raise TicketError(
+                f"A ticket of {len(ticket.json.encode())} bytes cannot be signed: what is signed is larger, and a request must not have more "
+                f"than {MAX_REQUEST_BYTES} bytes. Ask DoGet for it as it is, or name fewer entity types."
+            )
         return endpoint
 
     def _plan(self, ticket: Ticket, call: Call) -> Plan:
@@ -222,13 +237,17 @@ class FlightService:
 
     def _decided(self, ticket: Ticket, call: Call, view: View) -> Plan:
         first, size = self._settings.first_window, self._settings.window
-        return plan(ticket, view, first=first, size=size, org_id=call.org_id, encoding=self._encoding)
+        followed = self.live is not None
+        return plan(ticket, view, first=first, size=size, org_id=call.org_id, encoding=self._encoding, followed=followed)
 
     def _max_rows(self, ticket: Ticket) -> int:
         return ticket.batch_size or self._settings.arrow_flight_batch_size
 
     def _described(self, descriptor: Any, call: Call) -> Ticket:
-        """The ticket in a command, or of a path: ``events`` or ``events/<entity types>`` is all that is published."""
+        """The ticket in a command, or of a path: ``events`` or ``events/<entity types>`` is all that is published.
+
+        Where a log is followed, it has no end: all since the first published window, and all there is while nothing is published.
+        """
         if descriptor.type == protocol.CMD:
             return self._ticket(descriptor.cmd, call)
         if descriptor.type != protocol.PATH or not 1 <= len(descriptor.path) <= 2:
@@ -236,17 +255,24 @@ class FlightService:
         name, types = (*descriptor.path, "*")[:2]
         if name != "events":
             raise TicketError(f"A path must start with events, got {name[:64]!r}.")
-        start, end = self._views.newest().extent
-        return self._chosen(Ticket(start=start, end=end, entity_types=() if types == "*" else tuple(types.split("|"))), call)
+        wanted = () if types == "*" else tuple(types.split("|"))
+        try:
+            start, end = self._views.newest().extent
+        except LakeEmpty:
+            if self.live is None:
+                raise
+            start, end = _BEGINNING, _FOR_EVER
+        endless = self.live is not None
+        return self._chosen(Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless), call)
 
     def _ticket(self, data: bytes, call: Call) -> Ticket:
         now = self._clock()
-        ticket = self._chosen(Ticket.parse(self._signer.opened(data, _name(call), now), now), call)
+        ticket = self._chosen(Ticket.parse(self._signer.opened(data, call.caller.name, now), now), call)
         if ticket.follow:
             self._check_follow(ticket, now)
         if self.live is not None and ticket.end == now and ticket.table_version is None:
             # What settles later happened later, or its clock is ahead of this one: how far a stream reaches is said by its key.
-            return replace(ticket, end=FOR_EVER)
+            return replace(ticket, end=_FOR_EVER, endless=True)
         return ticket
 
     def _check_follow(self, ticket: Ticket, now: datetime) -> None:
@@ -261,17 +287,13 @@ class FlightService:
     def _chosen(self, ticket: Ticket, call: Call) -> Ticket:
         """The ticket with what it leaves open and the call's header, then its session, say."""
         for named in call.header(ENCODING_HEADER)[-1:]:
-            encoding = Encoding.parse(named)
-            ticket = replace(ticket, profile=ticket.profile or encoding.profile, codec=ticket.codec or encoding.codec)
+            profile, codec = Encoding.named(named)
+            ticket = replace(ticket, profile=ticket.profile or profile, codec=ticket.codec or codec)
         return session.filled(ticket, session.from_cookies(call.header("cookie")))
 
 
-def _name(call: Call) -> str:
-    """Whom a ticket is given to: a principal may have another tenant tomorrow."""
-    return f"{call.caller.principal}\0{call.org_id or ''}"
-
-
-def _parse(kind: Any, request: bytes) -> Any:
+def parse(kind: Any, request: bytes) -> Any:
+    """The request as a message. Raises ``TicketError``."""
     try:
         return kind.FromString(request)
     except DecodeError:

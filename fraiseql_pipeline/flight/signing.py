@@ -37,7 +37,7 @@ class Signer:
     def sign(self, ticket: Ticket, caller: str, now: datetime) -> tuple[bytes, datetime]:
         """The bytes of a ticket for one caller, and when they expire."""
         until = now + self._lifetime
-        said = json.dumps({"ticket": ticket.json, "until": until.timestamp()}).encode()
+        said = json.dumps({"ticket": ticket.json, "until": until.timestamp()}, ensure_ascii=False).encode()
         return b".".join((_PREFIX[:-1], urlsafe_b64encode(said), urlsafe_b64encode(self._mac(said, caller)))), until
 
     def opened(self, data: bytes, caller: str, now: datetime) -> bytes:

@@ -44,17 +44,21 @@ _CODES: tuple[tuple[type[PipelineError], grpc.StatusCode], ...] = (
     (NotOffered, grpc.StatusCode.UNIMPLEMENTED),
 )
 
+#: What FAILED_PRECONDITION is in Arrow's C++ clients (``arrow::StatusCode::Invalid``), with or without a detail.
+_ARROW_INVALID = "4"
+
 #: Statuses travel in HTTP/2 headers, which clients limit to 8 KiB or more.
 _MAX_MESSAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a client gets for an error: a code, a sentence, and when to try again."""
+    """What a client gets for an error: a code, a sentence, and when to try again. ``kind``: the error's class where the code has several."""
 
     code: grpc.StatusCode
     sentence: str
     retry_after_seconds: float | None = None
+    kind: str | None = None
 
     def abort(self, context: grpc.ServicerContext) -> NoReturn:
         """End the call in this status."""
@@ -64,6 +68,9 @@ class Status:
             context.set_trailing_metadata(
                 (("grpc-retry-pushback-ms", str(int(self.retry_after_seconds * 1000))), ("grpc-status-details-bin", details))
             )
+        if self.kind is not None:
+            # As Arrow's own servers say more than a code can: its C++ clients, pyarrow among them, show the detail behind the sentence.
+            context.set_trailing_metadata((("x-arrow-status", _ARROW_INVALID), ("x-arrow-status-detail-bin", self.kind.encode())))
         context.abort(self.code, self.sentence)
 
 
@@ -78,4 +85,5 @@ def status_of(error: Exception) -> Status:
     if not isinstance(error, InputError | FlightRefused):
         _log.warning("%s: %s", code.name, error)
     retry_after_seconds = error.retry_after_seconds if isinstance(error, FlightBusy) else None
-    return Status(code, str(error)[:_MAX_MESSAGE], retry_after_seconds)
+    kind = type(error).__name__ if code is grpc.StatusCode.FAILED_PRECONDITION else None
+    return Status(code, str(error)[:_MAX_MESSAGE], retry_after_seconds, kind)

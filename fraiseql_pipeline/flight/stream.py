@@ -14,6 +14,7 @@ Invariants
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -282,7 +283,7 @@ class Sender:
     def _cut(self, batch: pa.RecordBatch, inside: bool) -> Iterator[bytes]:
         if not inside:
             at = pc.cast(batch.column("timestamp"), pa.int64())
-            first, last = (_first_at(at, edge * 1000) for edge in (self._start, self._end))
+            first, last = (bisect_left(at, edge * 1000, key=pa.Int64Scalar.as_py) for edge in (self._start, self._end))
             batch = batch.slice(first, last - first)
         if self._left is not None:
             batch = batch.slice(0, self._left)
@@ -304,15 +305,3 @@ class Sender:
 def frame_rows(max_rows: int) -> int:
     """Rows per kept frame for a reader who wants so many at most."""
     return next((rows for rows in FRAME_ROWS if rows <= max_rows), FRAME_ROWS[-1])
-
-
-def _first_at(at: pa.Array, value: int) -> int:
-    """How many of the rising numbers are less than a value."""
-    low, high = 0, len(at)
-    while low < high:
-        middle = (low + high) // 2
-        if at[middle].as_py() < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low

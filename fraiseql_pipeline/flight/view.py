@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from fraiseql_pipeline.encoding import NANOSECOND_RANGE_US
 from fraiseql_pipeline.errors import LakeEmpty, TicketError
 from fraiseql_pipeline.flight.segment import units
-from fraiseql_pipeline.lake import Commit, File, Lake, Snapshot
+from fraiseql_pipeline.lake import File, Lake, Snapshot
 from fraiseql_pipeline.ticket import Ticket
 from fraiseql_pipeline.window import Window, WindowSize
 
@@ -218,18 +218,22 @@ class Views:
     def of(self, ticket: Ticket) -> View:
         """Of the version a ticket reads. Raises ``LakeEmpty`` and ``TicketError``."""
         if ticket.table_version is not None:
+            generation = self._lake.snapshot().generation
             with self._lock:
-                # A version that was served as the newest is kept as it was then.
+                self._drop_others(generation)
                 if (kept := self._kept.get(ticket.table_version)) is not None:
                     self._kept.move_to_end(ticket.table_version)
                     return kept
         return self._of(pinned(self._lake, ticket))
 
+    def _drop_others(self, generation: int) -> None:
+        if generation != self._generation:  # the lake was replaced: its versions are others
+            self._generation = generation
+            self._kept.clear()
+
     def _of(self, snapshot: Snapshot) -> View:
         with self._lock:
-            if snapshot.generation != self._generation:  # the lake was replaced: its versions are others
-                self._generation = snapshot.generation
-                self._kept.clear()
+            self._drop_others(snapshot.generation)
             view = self._kept.get(snapshot.version)
             if view is None:
                 view = self._kept[snapshot.version] = View(snapshot)
@@ -246,8 +250,7 @@ def pinned(lake: Lake, ticket: Ticket) -> Snapshot:
         return newest
     if ticket.table_version > newest.version:
         raise TicketError(f'A ticket\'s "table_version" must be at most {newest.version}, the newest, got {ticket.table_version}.')
-    older = lake.snapshot(ticket.table_version)
-    return replace(older, published=_published_at(older, newest.published))
+    return lake.snapshot(ticket.table_version)
 
 
 def _published(snapshot: Snapshot) -> Iterator[Span]:
@@ -255,25 +258,7 @@ def _published(snapshot: Snapshot) -> Iterator[Span]:
     for window, commit in snapshot.published.items():
         start = to_micros(window.start)
         end = start + lengths[window.size]
-        # Of one that was published again after this version its commit says nothing: neither how many events nor up to which key, and it may
-        # have been provisional.
-        if commit.table_version <= snapshot.version:
-            yield Span(window, start, end, commit.settled_pk, commit.accepted_rows, commit.state == "provisional", counted=True)
-        else:
-            yield Span(window, start, end, None, commit.accepted_rows, provisional=True, counted=False)
-
-
-def _published_at(older: Snapshot, published: Mapping[Window, Commit]) -> dict[Window, Commit]:
-    """The windows published at an older version, as far as the newest commits prove it.
-
-    A window committed again since then was there before if that version has files for it. One that has none may have been published
-    without events; it is taken for missing, so that the mistake is an error and never a shorter table.
-    """
-    return {
-        window: commit
-        for window, commit in published.items()
-        if commit.table_version <= older.version or (commit.outcome != "published" and older.files_in(window.start, window.end))
-    }
+        yield Span(window, start, end, commit.settled_pk, commit.accepted_rows, commit.state == "provisional", counted=True)
 
 
 def _by_time(files: Iterable[File]) -> tuple[File, ...]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -113,14 +112,12 @@ def test_the_next_ticket_keeps_its_key_within_its_range_only() -> None:
     assert "after_pk" not in following(hour(1).end), "what lies behind was never read"
 
 
-def test_of_a_window_that_was_published_again_an_older_version_knows_no_key() -> None:
-    again = {hour(1): replace(commit(hour(1), version=9), outcome="replaced")}
-    older = plan(
-        Ticket(start=START, end=hour(1).end), Snapshot(2, (), published(0, 1) | again, None), first=START, size=WindowSize.HOUR
-    )
-    assert older.settled_pk is None
-    assert older.provisional_windows == 1
-    assert older.rows is None
+def test_a_ticket_that_is_given_out_ends_at_a_time_even_where_its_plan_is_endless() -> None:
+    for columns, end in (((), datetime(2262, 4, 11, tzinfo=UTC)), (("pk",), datetime.max.replace(tzinfo=UTC))):
+        # It starts ahead of the clock, where now would be before it.
+        decided = planned(published(0, 1), START, datetime.max.replace(tzinfo=UTC), columns=columns, endless=True)
+        given = Ticket.parse(decided.pinned_ticket().json.encode(), START - timedelta(days=1))
+        assert (given.start, given.end, given.endless, given.table_version) == (START, end, False, 10**6)
 
 
 def test_provisional_windows_of_the_range_are_counted() -> None:

@@ -181,6 +181,6 @@ def test_nothing_of_a_batch_is_kept_once_it_is_answered() -> None:
     named = protocol.FlightDescriptor(type=protocol.PATH, path=["events"])
     descriptor = protocol.FlightData(flight_descriptor=named).SerializeToString()
     call = Asked("DoPut", None)  # type: ignore[arg-type]
-    call.running = Running(None, "ada", 10.0)  # type: ignore[arg-type]
+    call.running = Running(None, None, 10.0)  # type: ignore[arg-type]
     assert len(list(uploads(append)(requests(), call))) == 2
     assert len(held) == 2

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from fraiseql_pipeline import errors
 from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, LakeEmpty, TicketError, WindowMissing
 from fraiseql_pipeline.event import WIRE_SCHEMA
+from fraiseql_pipeline.flight import service as service_module
 from fraiseql_pipeline.flight.client import Client, connect
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
@@ -96,6 +98,46 @@ def test_errors_are_of_this_packages_tree_with_the_sentence_of_the_server(
         with pytest.raises(WindowMissing, match=r"^The asked range has 1 window\(s\).*what is there\.$"):
             holed.read(ALL)
         assert holed.read(start=hour(0).start, end=hour(3).end, allow_missing=True).num_rows == 10
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (errors.WindowMissing("A hole."), errors.WindowMissing),
+        (errors.SourceRefused("A role."), errors.SourceRefused),
+        (errors.ValidationHalted("A halt."), errors.ValidationHalted),
+        (errors.LakeDamaged("A tear."), errors.LakeDamaged),
+        (errors.LakeUnavailable("A storage."), FlightUnavailable),
+        (errors.NotOffered("A call."), errors.NotOffered),
+        (errors.NotAllowed("A scope."), errors.NotAllowed),
+        (RuntimeError("a secret"), errors.FlightRefused),
+    ],
+)
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind events"])
+def test_an_error_has_its_class_and_is_retryable_only_where_another_try_may_help(
+    lake: Lake,
+    start_server: Callable[..., FlightServer],
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    expected: type[errors.PipelineError],
+    behind: bool,
+) -> None:
+    def fail(*_: object, **__: object) -> Iterator[bytes]:
+        raise raised
+
+    publish(lake, hour(0), lake_events(hour(0), 5))
+    with connect(start_server(lake).url) as client:
+        monkeypatch.setattr(service_module, "receipt_frames" if behind else "plan", fail)
+        with pytest.raises(errors.PipelineError) as found:
+            client.read(ALL)
+    assert type(found.value) is expected
+    assert found.value.retryable == getattr(raised, "retryable", False)
+    assert (str(raised) in str(found.value)) == isinstance(raised, errors.PipelineError)
+
+
+def test_an_action_the_server_does_not_know_is_not_offered(ours: Client) -> None:
+    with pytest.raises(errors.NotOffered, match="There is no such action; this server has healthcheck"):
+        ours._act("nonsense", b"", "nothing")
 
 
 def test_a_server_at_its_limit_is_busy(lake: Lake, start_server: Callable[..., FlightServer]) -> None:

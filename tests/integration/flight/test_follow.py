@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from pyarrow import flight
 
 from fraiseql_pipeline.errors import FlightUnavailable
 from fraiseql_pipeline.flight import follow as module
 from tests.support.following import HOUR, Followed, Follower, eventually
+from tests.support.reading import fill
 
 
 def test_a_follower_gets_nothing_up_to_the_key_it_has(live: Followed) -> None:
@@ -46,6 +49,33 @@ def test_a_follower_gets_what_is_ahead_of_the_clock_once(live: Followed) -> None
     eventually(lambda: one.keys == past)
     one.stream.close()
     one.ended()
+
+
+def test_a_follower_whom_a_limit_cuts_is_told_the_key_up_to_which_it_has_everything(live: Followed) -> None:
+    past = live.write(datetime.now(UTC), 3)
+    live.reaches(past[-1])
+    one = Follower(live.client, start="now-1h", limit=2)
+    one.ended()
+    assert (one.keys, one.stream.settled_pk) == (past[:2], None)
+    asked = {"type": "events", "entity_type": "*", "start": "now-1h", "end": "now", "columns": ["pk"], "follow": True, "limit": 5}
+    reader = live.client._flight.do_get(flight.Ticket(json.dumps(asked)))
+    assert [pk for chunk in turn(reader, past[-1]) for pk in chunk.data["pk"].to_pylist()] == past
+    fill(live.url, 6, "now() - n * interval '1 second'")  # the newest key first
+    cut = turn(reader, past[-1])
+    assert sum(chunk.data.num_rows for chunk in cut) == 2
+    assert [chunk.app_metadata for chunk in cut[:-1]] == [None] * (len(cut) - 1), "the turn that was cut tells no key"
+    assert json.loads(cut[-1].app_metadata.to_pybytes())["rows"] == 5
+    live.reaches(past[-1] + 6)
+    assert sorted(live.keys(after_pk=past[-1])) == list(range(past[-1] + 1, past[-1] + 7))
+
+
+def turn(reader: flight.FlightStreamReader, pk: int) -> list[Any]:
+    """The messages of a stream up to the one that tells a key, which is this one."""
+    found = [reader.read_chunk()]
+    while found[-1].app_metadata is None:
+        found.append(reader.read_chunk())
+    assert json.loads(found[-1].app_metadata.to_pybytes())["settled_pk"] == pk
+    return found
 
 
 @contextmanager

@@ -20,13 +20,15 @@ from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight import service as service_module
 from fraiseql_pipeline.flight import stream as stream_module
 from fraiseql_pipeline.flight.auth import new_token
-from fraiseql_pipeline.flight.client import connect
+from fraiseql_pipeline.flight.client import Client, connect
+from fraiseql_pipeline.flight.edge import Call
 from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running
+from fraiseql_pipeline.flight.presence import ClientGone
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import hour, publish
-from tests.support.events import lake_events
+from tests.support.events import TENANTS, lake_events
 
 ROWS = 200_000
 EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
@@ -95,7 +97,7 @@ def test_a_reader_above_the_minimum_rate_is_not_cut(lake_uri: str, start_server:
 
 
 def test_only_time_spent_waiting_for_the_reader_counts() -> None:
-    running = Running(None, "ada", 1000.0, began=0.0)  # type: ignore[arg-type]
+    running = Running(None, None, 1000.0, began=0.0)  # type: ignore[arg-type]
     assert running.verdict(900.0, 10, 100) is None, "it waits for events"
     running.waiting_since, running.sent_bytes = 900.0, 5000
     assert running.verdict(909.0, 10, 100) is None
@@ -103,6 +105,15 @@ def test_only_time_spent_waiting_for_the_reader_counts() -> None:
     assert running.verdict(920.0, 10, 100) is None
     assert running.verdict(922.0, 10, 100) == "stalled", "none in the 11 s since are not"
     assert running.verdict(1001.0, 10, 100) == "lifetime"
+
+
+def test_requests_that_end_because_their_call_was_cut_are_not_their_end() -> None:
+    call = Call("DoExchange", None)  # type: ignore[arg-type]
+    call.running = Running(None, None, 1000.0)  # type: ignore[arg-type]
+    assert list(call.received(iter([b"a"]))) == [b"a"]
+    call.running.cut = "idle"
+    with pytest.raises(ClientGone):
+        list(call.received(iter([])))
 
 
 def test_one_principal_cannot_take_all_streams(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:
@@ -294,3 +305,28 @@ def test_a_client_cancels_its_own_streams_only(lake_uri: str, start_server: Call
         with pytest.raises(flight.FlightError, match="ended by CancelFlightInfo"):
             reader.read_all()
         assert cancel(mine) == protocol.NOT_CANCELLABLE
+
+
+def test_principals_of_one_name_in_two_tenants_are_two_callers(
+    lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path
+) -> None:
+    (ours, first), (theirs, second) = (new_token("app", org_id, ["read"]) for org_id in TENANTS[:2])
+    (tmp_path / "tokens").write_text(f"{first}\n{second}\n")
+    server = start_server(
+        Lake(lake_uri), arrow_flight_max_streams_per_principal=1, arrow_flight_tokens_file=str(tmp_path / "tokens")
+    )
+    ticket = protocol.FlightEndpoint(ticket=protocol.Ticket(ticket=HELD.encode()))
+    body = protocol.CancelFlightInfoRequest(info=protocol.FlightInfo(endpoint=[ticket])).SerializeToString()
+
+    def cancel(client: Client) -> int:
+        [result] = client._flight.do_action(flight.Action("CancelFlightInfo", body), client._options)
+        return int(protocol.CancelFlightInfoResult.FromString(result.body.to_pybytes()).status)
+
+    with connect(server.url, token=ours) as mine, connect(server.url, token=theirs) as others:
+        with mine.stream(HELD) as held:
+            next(held)
+            assert others.read(EVERYTHING).num_rows, "one has the slots of its own"
+            assert cancel(others) == protocol.NOT_CANCELLABLE
+            assert cancel(mine) == protocol.CANCELLED
+            with pytest.raises(FlightUnavailable, match="ended by CancelFlightInfo"):
+                held.read_all()

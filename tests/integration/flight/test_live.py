@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
+import pyarrow as pa
 import pytest
+from pyarrow import flight
 
 from fraiseql_pipeline import connect, pipeline
 from fraiseql_pipeline.changelog import ChangeLog
@@ -40,6 +42,18 @@ def test_events_are_readable_when_they_have_settled_and_once_they_are_published(
     assert live.keys() == [*old, *late, *new], "a late event stands where its time is"
     pipeline.merge_late(settings=live.settings, changelog=live.log, lake=live.lake)
     assert live.keys() == [*old, *late, *new], "the late event came into the lake"
+
+
+def test_a_path_is_all_that_has_settled_whether_it_is_published_or_not(live: Followed) -> None:
+    old, new = live.write(LAST, 3), live.write(datetime.now(UTC), 2)
+    live.reaches(new[-1])
+    for published in (False, True):
+        if published:
+            live.materialize(LAST)
+        info = live.client._flight.get_flight_info(flight.FlightDescriptor.for_path("events"))
+        found = pa.concat_tables(live.client.read(endpoint.ticket.ticket) for endpoint in info.endpoints)
+        assert found.num_rows == len(old) + len(new)
+        assert found.equals(live.client.read(start=LAST))
 
 
 def test_what_was_there_before_the_server_is_read_through(

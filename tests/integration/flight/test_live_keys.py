@@ -143,6 +143,24 @@ def test_what_is_above_a_key_is_not_answered_from_the_lake_alone(live: Followed,
             live.keys(start=LAST, after_pk=0)
 
 
+def test_what_the_lake_alone_answers_has_no_next_ticket_where_a_log_is_followed(live: Followed, postgres: str) -> None:
+    behind, old = live.write(LAST + HOUR), live.write(LAST)
+    live.materialize(LAST)
+    late = live.write(LAST)
+    live.reaches(late[-1])
+    keys, receipt = read(live.client, start=LAST, end=LAST + HOUR, table_version=live.lake.snapshot().version)
+    assert (keys, receipt.settled_pk, receipt.next_ticket) == (old, old[-1], None), "of a version"
+    with disconnected(live, postgres):
+        keys, receipt = read(live.client, start=LAST)
+        assert (keys, receipt.next_ticket) == (old, None), "it would begin behind what is late"
+        assert receipt.settled_pk is None, "what is not published has smaller keys"
+        assert live.client.info(start=LAST).next_ticket is None
+    eventually(lambda: live.service.up)
+    keys, receipt = read(live.client, start=LAST)
+    assert keys == [*old, *late, *behind]
+    assert receipt.next_ticket is not None
+
+
 def test_nothing_published_and_no_log_is_for_a_moment(live: Followed, postgres: str) -> None:
     live.reaches(live.write(datetime.now(UTC))[-1])
     with disconnected(live, postgres), pytest.raises(FlightUnavailable, match="Nothing is published in the lake yet, and") as error:
@@ -295,6 +313,22 @@ def test_times_that_nanoseconds_cannot_hold_are_refused_where_they_are_asked_for
         live.keys(start="now-1h", end="2301-01-01")
     found = live.client.read(start="now-1h", columns=["pk"])["pk"].to_pylist()
     assert found == [*now, *far], "a stream without times has it"
+
+
+def test_only_an_end_that_says_now_is_no_end(live: Followed) -> None:
+    far = live.write(datetime(2300, 1, 1, tzinfo=UTC))
+    ahead = live.write(datetime.now(UTC) + 2 * HOUR)
+    live.reaches(ahead[-1])
+    with pytest.raises(TicketError, match="Window 2300-01-01-00:00 lies outside"):
+        live.keys(start="now-1h", end="9999-12-31T23:59:59.999999Z")
+    keys, receipt = read(live.client, start="now-1h", end="now")
+    assert keys == ahead
+    assert json.loads(receipt.next_ticket or "")["end"] == "now"
+    keys = [pk for one in endpoints(live) for pk in live.client._flight.do_get(one.ticket).read_all()["pk"].to_pylist()]
+    assert keys == ahead, "what an endpoint reads ends no earlier"
+    names = [endpoint.ticket for endpoint in endpoints(live, columns=["pk"])]
+    keys = [pk for one in names for pk in live.client._flight.do_get(one).read_all()["pk"].to_pylist()]
+    assert keys == [*ahead, *far]
 
 
 def test_hours_that_nobody_could_fill_are_counted_and_not_listed(

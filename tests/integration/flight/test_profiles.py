@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import grpc
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from pyarrow import flight
 
-from fraiseql_pipeline.encoding import CODECS, ENCODINGS, PROFILES, Encoding, checksum, wire_schema
+from fraiseql_pipeline.encoding import CODECS, ENCODINGS, MAX_FRAME_BYTES, PROFILES, Encoding, checksum, wire_schema
 from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.event import WIRE_SCHEMA
-from fraiseql_pipeline.flight import stream
+from fraiseql_pipeline.flight import protocol, stream
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer
+from fraiseql_pipeline.flight.session import to_cookie
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.ticket import CODECS as TICKET_CODECS
 from fraiseql_pipeline.ticket import PROFILES as TICKET_PROFILES
@@ -94,21 +96,27 @@ def test_info_and_stream_have_one_schema_and_name_their_encoding(
     assert f"{facts['profile']}+{facts['codec']}" == name
 
 
-def test_ticket_goes_before_header_and_header_before_the_servers_default(
+def test_each_part_of_an_encoding_is_the_tickets_else_the_headers_else_the_sessions_else_the_servers(
     lake: Lake, start_server: Callable[..., FlightServer]
 ) -> None:
     publish(lake, hour(0), lake_events(hour(0), 10))
     with flight.connect(start_server(lake, arrow_flight_encoding="compact+lz4").url) as client:
 
-        def chosen(header: str | None = None, **said: object) -> bytes:
+        def chosen(header: str | None = None, session: dict[str, str] | None = None, **said: object) -> bytes:
             headers = [(b"x-fraiseql-encoding", header.encode())] if header else []
+            headers += [(b"cookie", to_cookie(session).encode())] if session else []
             return client.do_get(asked(**said), flight.FlightCallOptions(headers=headers)).schema.metadata[b"fraiseql.encoding"]
 
         assert chosen() == b"compact+lz4"
         assert chosen("plain+none") == b"plain+none"
-        assert chosen("compact") == b"compact+zstd"
+        assert (chosen("compact"), chosen("none"), chosen("plain")) == (b"compact+lz4", b"compact+none", b"plain+lz4"), (
+            "the rest is left"
+        )
         assert chosen("plain+none", codec="zstd") == b"plain+zstd"
         assert chosen("plain+none", profile="compact", codec="lz4") == b"compact+lz4"
+        assert chosen(session={"profile": "plain", "codec": "none"}) == b"plain+none"
+        assert chosen("compact+zstd", session={"profile": "plain", "codec": "none"}) == b"compact+zstd"
+        assert chosen("zstd", session={"profile": "plain", "codec": "none"}) == b"plain+zstd"
 
 
 @pytest.mark.parametrize("header", ["shredded+zstd", "plain+brotli", "", "+", "plain+zstd+", "x" * 500])
@@ -128,6 +136,47 @@ def test_dictionaries_hold_the_values_of_what_is_sent_and_no_others(client: flig
         for chunk in found[name].chunks:
             assert len(chunk.dictionary) == len(pc.unique(chunk.dictionary))
     assert {value for chunk in found["entity_type"].chunks for value in chunk.dictionary.to_pylist()} == {"Order"}
+
+
+#: Of columns of few values: more types than 16 bits count, and users whose names do not fit one message.
+MANY = 40_000
+
+
+@pytest.fixture(scope="module")
+def many_values(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    lake = Lake(str(tmp_path_factory.mktemp("many") / "lake"))
+    table = lake_events(hour(0), MANY)
+    for name, values in (("entity_type", [f"Type{n}" for n in range(MANY)]), ("user_id", [f"{n:0>300}" for n in range(MANY)])):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values))
+    publish(lake, hour(0), table)
+    return lake
+
+
+def test_columns_of_many_values_are_sent_in_compact_as_in_plain(
+    many_values: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with flight.connect(start_server(many_values).url) as client:
+        middle = client.do_get(asked(columns=["pk"])).read_all()["pk"][MANY // 2].as_py()
+        for more in ({}, {"batch_size": 700, "limit": 30_000}, {"after_pk": middle}, {"columns": ["entity_type", "user_id"]}):
+            plain, compact = (client.do_get(asked(profile=profile, **more)).read_all() for profile in ("plain", "compact"))
+            assert plain.num_rows
+            assert [values.to_pylist() for values in compact.select(["entity_type", "user_id"]).columns] == [
+                values.to_pylist() for values in plain.select(["entity_type", "user_id"]).columns
+            ]
+    with connect(start_server(many_values).url, profile="compact") as ours:
+        assert ours.read(start=hour(0).start, end=hour(0).end).num_rows == MANY, "its receipt is right"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_message_fits_a_client_that_sets_no_limit(
+    many_values: Lake, start_server: Callable[..., FlightServer], codec: str
+) -> None:
+    with grpc.insecure_channel(start_server(many_values).url.removeprefix("grpc://")) as channel:
+        request = protocol.Ticket(ticket=asked(profile="compact", codec=codec).ticket).SerializeToString()
+        messages = list(channel.unary_stream(f"/{protocol.SERVICE}/DoGet")(request))
+    assert max(map(len, messages)) <= MAX_FRAME_BYTES
+    assert json.loads(protocol.FlightData.FromString(messages[-1]).app_metadata)["rows"] == MANY
 
 
 def test_a_connection_in_compact_gives_the_plain_columns(server: FlightServer, client: flight.FlightClient) -> None:

@@ -92,6 +92,39 @@ def test_a_stream_ends_with_a_receipt(client: flight.FlightClient) -> None:
     assert (receipt["provisional_windows"], receipt["missing_windows"]) == (0, 0)
 
 
+def test_what_a_limit_cuts_off_is_above_the_key_of_the_receipt(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    events = lake_events(hour(0), 100)
+    publish(lake, hour(0), events)
+    pks = events["pk"].to_pylist()
+
+    def settled(said: bytes) -> int | None:
+        return json.loads(said)["settled_pk"]
+
+    with flight.connect(start_server(lake).url) as client:
+        for limit, after_pk, told in ((10, None, None), (10, pks[4], pks[4]), (101, None, 2**62), (100, pks[0], 2**62)):
+            asked = {"start": "2026-11-01", "end": "2026-11-02", "columns": ["pk"], "limit": limit, "after_pk": after_pk}
+            said = json.dumps({"type": "events", "entity_type": "*"} | asked).encode()
+            *batches, last = client.do_get(flight.Ticket(said))
+            assert sum(batch.data.num_rows for batch in batches) == min(limit, len([pk for pk in pks if pk > (after_pk or 0)]))
+            assert settled(last.app_metadata.to_pybytes()) == told
+            if limit == 10:
+                info = client.get_flight_info(flight.FlightDescriptor.for_command(said))
+                assert settled(info.app_metadata) == told, "a plan of what will be cut knows it"
+
+
+def test_the_last_microsecond_of_the_calendar_is_an_end_like_others(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    far = Window(datetime(2300, 1, 1, tzinfo=UTC), hour(0).size)
+    publish(lake, hour(0), lake_events(hour(0), 5))
+    publish(lake, far, lake_events(far, 7))
+    with flight.connect(start_server(lake).url) as client:
+        said = {"type": "events", "entity_type": "*", "start": "2026-11-01", "end": "9999-12-31T23:59:59.999999Z"}
+        ticket = flight.Ticket(json.dumps(said | {"allow_missing": True}))
+        with pytest.raises(pa.ArrowInvalid, match="Window 2300-01-01-00:00 lies outside 1677-09-22 to 2262-04-11"):
+            client.do_get(ticket).read_all()
+        ticket = flight.Ticket(json.dumps(said | {"allow_missing": True, "columns": ["pk"]}))
+        assert client.do_get(ticket).read_all().num_rows == 12
+
+
 def test_the_calls_of_the_plan_work_with_naive_utc_times(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
     now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     last = Window(now - timedelta(hours=1), hour(0).size)

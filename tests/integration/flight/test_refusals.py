@@ -27,7 +27,7 @@ def refusal(client: flight.FlightClient, ticket: str | bytes) -> tuple[type[Exce
     for call in calls.values():
         with pytest.raises(Exception) as error:  # noqa: PT011 - which class is the caller's assertion
             call()
-        sentence = re.search(r"with message: (.*?)(\. gRPC client debug context|$)", str(error.value), re.DOTALL)
+        sentence = re.search(r"with message: (.*?)(\. Detail: \w+|\. gRPC client debug context|$)", str(error.value), re.DOTALL)
         assert sentence is not None, str(error.value)
         refused.append((error.type, sentence[1]))
     assert refused[0] == refused[1]
