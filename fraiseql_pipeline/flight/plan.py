@@ -171,11 +171,13 @@ class Plan:
         """A ticket for the same events of the same table version in the same encoding, whenever it is redeemed.
 
         One that reaches into what is not in the lake yet names no version: its events may be in a later one when it is redeemed. Nor does
-        one that follows; nor a tenant's where a log is followed: it would tell whether others' events are late. Its end is a time, even
+        one over hours that only the log proves to be empty; nor one that follows; nor a tenant's where a log is followed: it would tell whether others' events are late. Its end is a time, even
         of what is endless: it may start ahead of the clock, and then "now" would end before.
         """
         live = self.view.live
-        moves = live is not None and (self.ticket.follow or self.org_id is not None or self.span[1] > live.since)
+        moves = live is not None and (
+            self.ticket.follow or self.org_id is not None or self.span[1] > live.since or bool(self.view.uncovered(*self.span))
+        )
         version = None if moves else self.snapshot.version
         end = to_instant(self.span[1])
         profile, codec = self.encoding.profile, self.encoding.codec

@@ -74,6 +74,18 @@ def test_what_was_there_before_the_server_is_read_through(
         assert live.client.info(start=hours[0]).missing_windows == 0
 
 
+def test_the_parts_of_a_range_over_hours_without_events_are_read_like_the_whole(live: Followed) -> None:
+    old, new = live.write(LAST, 3), live.write(datetime.now(UTC), 2)
+    live.reaches(new[-1])
+    live.materialize(LAST)
+    asked = {"type": "events", "entity_type": "*", "start": (LAST - 2 * HOUR).isoformat(), "end": "now"}
+    stock = live.client._flight
+    endpoints = stock.get_flight_info(flight.FlightDescriptor.for_command(json.dumps(asked).encode())).endpoints
+    assert len(endpoints) > 1
+    assert sum(stock.do_get(endpoint.ticket).read_all().num_rows for endpoint in endpoints) == len([*old, *new])
+    assert live.keys(start=LAST - 2 * HOUR) == [*old, *new]
+
+
 def test_a_version_that_is_asked_for_holds_nothing_else(live: Followed) -> None:
     old = live.write(LAST)
     live.materialize(LAST)
