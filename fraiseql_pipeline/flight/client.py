@@ -211,8 +211,9 @@ def connect(
 
     ``token`` is sent with every call. For TLS: ``tls_root_certs``, the authorities to trust (the system's when left out), and for mutual
     TLS ``cert_chain`` and ``private_key``; each is PEM bytes, or the path of a PEM file. ``profile``: how events travel where a read says
-    nothing else, such as ``compact`` or ``compact+lz4``, what it leaves out being the server's choice; they are turned back into the plain columns. ``timeout_seconds``: how long one
-    call may take, a stream's last batch included; none: for ever. The connection is made by the first call.
+    nothing else, such as ``compact`` or ``compact+lz4``, what it leaves out being the server's choice; they are turned back into the plain
+    columns. ``timeout_seconds``: how long one call may take, a stream's last batch included; none: for ever. The connection is made by the
+    first call.
     """
     return Client(url, token=token, profile=profile, timeout_seconds=timeout_seconds, **tls)
 

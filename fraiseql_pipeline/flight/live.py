@@ -235,16 +235,16 @@ class Live:
         Reads through from Postgres what is neither published nor in the buffer. Raises ``TicketError`` where that would be too much,
         ``FlightUnavailable`` where it takes too long or the lake alone cannot answer, and what the source refuses.
         """
-        changelog, base = self._changelog, None
+        changelog = self._changelog
+        if changelog is None:
+            _needs_no_log(ticket)
+            return None
         for _ in range(_ATTEMPTS):
             try:
-                base = self._base() if changelog is not None else None
+                base = self._base()
             except SourceRefused:
-                changelog, self._is_of_another = None, True
-            if changelog is None:
-                if ticket.follow or ticket.after_pk is not None:
-                    # The lake alone does not tell which of its events came after a key was reached.
-                    raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
+                self._is_of_another = True
+                _needs_no_log(ticket)
                 return None
             floors = self._floors(changelog, base, ticket)
             self._catch_up(base, ticket)
@@ -416,6 +416,12 @@ class Live:
             yield
         finally:
             self._waiting.release()
+
+
+def _needs_no_log(ticket: Ticket) -> None:
+    """Raises ``FlightUnavailable`` for what the lake alone cannot tell: which of its events came after a key was reached."""
+    if ticket.follow or ticket.after_pk is not None:
+        raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
 
 
 def _too_slow() -> FlightUnavailable:
