@@ -98,15 +98,15 @@ def is_utf8(text: pa.Buffer) -> bool:
 def _canonical(text: pa.Buffer, starts: _Places, ends: _Places, schema: pa.Schema) -> tuple[list[pa.Array] | None, _Mask]:
     """The columns of these lines if all are as serde writes them; else which of them may be, never all."""
     middle = _from_start(text, starts, ends)
-    changes, user, tenant, time, numbers, rest = _from_end(text, starts, ends)
+    before_changes, user, tenant, time, numbers, rest = _from_end(text, starts, ends)
     event_id, entity_id = starts + np.int32(len(_BEGIN)), middle + np.int32(len(_BEFORE_ENTITY_ID))
     cuts = {
         "head": starts,
         "middle": event_id + np.int32(_UUID_BYTES),
         "entity": entity_id,
         "data": entity_id + np.int32(_UUID_BYTES + len(_BEFORE_DATA)),
-        "before_changes": changes,
-        "changes": changes + np.int32(len(_BEFORE_CHANGES)),
+        "before_changes": before_changes,
+        "changes": before_changes + np.int32(len(_BEFORE_CHANGES)),
         "user": user,
         "tenant": tenant,
         "before_time": time,
@@ -137,7 +137,8 @@ def _canonical(text: pa.Buffer, starts: _Places, ends: _Places, schema: pa.Schem
     user_fits, (user_id,) = _matched(piece("user"), _USER, _unquoted)
     tenant_fits, (tenant_id,) = _matched(piece("tenant"), _TENANT, _unquoted)
     rest_fits, _ = _matched(piece("rest"), _REST)
-    changed = (cuts["user"] - cuts["changes"] != len("null")) | ~_stands(text, cuts["changes"], b"null")
+    changed = np.flatnonzero(~_nulls(text, cuts["changes"], cuts["user"]))
+    changes = cuts["changes"][changed], cuts["user"][changed]
     fits = (
         _stands(text, starts, _BEGIN)
         & _stands(text, entity_id + np.int32(_UUID_BYTES), _BEFORE_DATA.encode())
@@ -149,14 +150,12 @@ def _canonical(text: pa.Buffer, starts: _Places, ends: _Places, schema: pa.Schem
         & rest_fits
         & _alike(piece("numbers"), _NUMBERS)
         & _objects_or_null(text, cuts["data"], cuts["before_changes"])
-        & (~changed | _objects_or_null(text, cuts["changes"], cuts["user"]))
     )
+    fits[changed] &= _objects_or_null(text, *changes)
     if not fits.all():
         return None, fits
     timestamp = timestamps(piece("time"), schema)
-    well_formed = _well_formed(text, cuts["data"], cuts["before_changes"]) and (
-        not changed.any() or _well_formed(text, cuts["changes"][changed], cuts["user"][changed])
-    )
+    well_formed = _well_formed(text, cuts["data"], cuts["before_changes"]) and _well_formed(text, *changes)
     if timestamp is None or not well_formed:
         return None, ~fits
     return [event_ids, kind, entity_type, entity_ids, timestamp, data, user_id, tenant_id], fits
@@ -307,9 +306,15 @@ def _are_uuids(values: pa.Array) -> _Mask:
 
 def _objects_or_null(text: pa.Buffer, begins: _Places, ends: _Places) -> _Mask:
     """Which values look like a JSON object, or are ``null``; another payload is rare enough for the slow way."""
-    octets, sizes = np.frombuffer(text, np.uint8), ends - begins
-    braces = (octets[begins] == ord("{")) & (octets[ends - 1] == ord("}")) & (sizes > 1)
-    return braces if braces.all() else braces | (sizes == len("null")) & _stands(text, begins, b"null")
+    octets = np.frombuffer(text, np.uint8)
+    fits: _Mask = (octets[begins] == ord("{")) & (octets[ends - 1] == ord("}")) & (ends - begins > 1)
+    others = np.flatnonzero(~fits)
+    fits[others] = _nulls(text, begins[others], ends[others])
+    return fits
+
+
+def _nulls(text: pa.Buffer, begins: _Places, ends: _Places) -> _Mask:
+    return np.asarray((ends - begins == len("null")) & _stands(text, begins, b"null"))
 
 
 class _Nothing(msgspec.Struct, gc=False):
@@ -325,6 +330,8 @@ def _well_formed(text: pa.Buffer, begins: _Places, ends: _Places) -> bool:
     The octet behind each becomes a line feed. Between ``}``, a line feed and ``{`` or ``null`` a JSON text cannot go on, neither in a string
     nor outside. So if the lines decode, as many values as lines, then each line is one value.
     """
+    if not len(begins):
+        return True
     rows = pa.array(np.arange(0, 2 * len(begins), 2, dtype=np.int32))
     last = np.cumsum(ends + 1 - begins) - 1
     # What was taken is a copy, so it may be written to.
