@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 from fraiseql_pipeline.errors import ValidationHalted
 from fraiseql_pipeline.event import BATCH_SCHEMA, EVENT_TYPES, EXTRACTED, LAKE_SCHEMA, QUARANTINE_SCHEMA, UUID_PATTERN, Column, Rule
 from fraiseql_pipeline.event_ids import NO_ROWS, EventIds, Rows, malformed_ids, rows_where
-from fraiseql_pipeline.window import Window
+from fraiseql_pipeline.window import Window, to_micros
 
 #: Rejected rows a window may have whatever their share: one bad row of three at night is a row to look at, not a reason to stop.
 TOLERATED_ROWS = 10
@@ -52,8 +52,6 @@ _NAME = r"^[^\p{Cc}\p{Zl}\p{Zp}]{1,255}$"
 _DOUBTFUL_BYTES = 4 << 20
 #: Distinct names whose verdict is remembered; a window has a few dozen, unless somebody makes them up.
 _REMEMBERED_VALUES = 10_000
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +271,7 @@ def _by_distinct_values(values: pa.Array, asked: _Asked) -> Rows:
 
 
 def _by_extremes(values: pa.Array, asked: _Asked) -> Rows:
-    start, end = ((at - _EPOCH) // timedelta(microseconds=1) for at in (asked.window.start, asked.window.end))
+    start, end = to_micros(asked.window.start), to_micros(asked.window.end)
     least, greatest = (extreme.value for extreme in pc.min_max(values).values())
     return NO_ROWS if start <= least and greatest < end else asked.search(values)
 

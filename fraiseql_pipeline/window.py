@@ -1,6 +1,7 @@
-"""Windows: half-open UTC intervals [start, end) with a key, and the time expressions people write.
+"""Windows: half-open UTC intervals [start, end) with a key, instants as numbers, and the time expressions people write.
 
-What lives here: ``Window``, tiling a range into windows, and ``parse_time`` ("now-1h", ISO 8601). What must not: a clock. ``now``
+What lives here: ``Window``, tiling a range into windows, microseconds since 1970 (the unit of files, frames and statements), and ``parse_time``
+("now-1h", ISO 8601). What must not: a clock. ``now``
 is always an argument, so that one request resolves it once and every test can choose it.
 
 Invariants
@@ -29,6 +30,11 @@ class WindowSize(StrEnum):
     @property
     def duration(self) -> timedelta:
         return timedelta(hours=1) if self is WindowSize.HOUR else timedelta(days=1)
+
+    @property
+    def micros(self) -> int:
+        """How long it is in microseconds."""
+        return self.duration // _MICROSECOND
 
     @property
     def key_format(self) -> str:
@@ -61,6 +67,12 @@ class Window:
     @property
     def end(self) -> datetime:
         return self.start + self.size.duration
+
+    @property
+    def micros(self) -> tuple[int, int]:
+        """[start, end) in microseconds since 1970."""
+        start = to_micros(self.start)
+        return start, start + self.size.micros
 
     @property
     def key(self) -> str:
@@ -104,6 +116,22 @@ def tile(start: datetime, end: datetime, size: WindowSize) -> Iterator[Window]:
 def as_utc(at: datetime) -> datetime:
     """The same instant in UTC; a naive datetime is taken as UTC."""
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+#: In microseconds since 1970, later than any time that a calendar has; its negative is earlier than any.
+FOREVER = 1 << 62
+
+
+def to_micros(at: datetime) -> int:
+    """Microseconds since 1970 of an aware time."""
+    return (at - _EPOCH) // _MICROSECOND
+
+
+def from_micros(micros: int) -> datetime:
+    """The instant of microseconds since 1970, in UTC."""
+    return _EPOCH + micros * _MICROSECOND
 
 
 _RELATIVE = re.compile(r"now(?:-(\d{1,9})([smhdw]))?", re.ASCII)

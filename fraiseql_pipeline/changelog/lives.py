@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import reduce
 from itertools import accumulate
 from operator import mul
@@ -17,6 +17,8 @@ from operator import mul
 import numpy as np
 import polars as pl
 import pyarrow as pa
+
+from fraiseql_pipeline.window import from_micros, to_micros
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ class _Clock:
 
     def __init__(self, days: int, end: datetime) -> None:
         steps = days * 288
-        end_us = (end - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+        end_us = to_micros(end)
         self._start, self._end = end_us - steps * self._STEP, end_us
         weights = [self._weight(self._start + step * self._STEP) for step in range(steps)]
         total = math.fsum(weights)
@@ -172,7 +174,7 @@ class _Clock:
 
     @staticmethod
     def _weight(at_us: int) -> float:
-        at = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at_us)
+        at = from_micros(at_us)
         busy = 0.12 + math.sin(math.pi * ((at.hour + at.minute / 60 - 3) % 24) / 24) ** 4
         return busy * (0.6 if at.weekday() >= 5 else 1.0)
 

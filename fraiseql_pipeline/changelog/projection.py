@@ -16,25 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
 from fraiseql_pipeline.changelog.connection import TABLE
 from fraiseql_pipeline.changelog.contract import Contract
 from fraiseql_pipeline.event import EXTRACTED
+from fraiseql_pipeline.window import from_micros
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _US = "(extract(epoch FROM created_at) * 1000000)::bigint"
 _WIDE = ("data", "data_before", "updated_fields", "cdc_source", "extra_metadata", "cascade")
 _WIDE_SOURCES = ("object_data", "object_data_before", "updated_fields", "extra_metadata", "cascade")
-
-
-def to_us(at: datetime) -> int:
-    """Microseconds since 1970, the unit of every time in this directory's arithmetic (and of Arrow's timestamps)."""
-    return (at - _EPOCH) // timedelta(microseconds=1)
-
-
-def from_us(us: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=us)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +127,7 @@ class Statements:
 
     def _time(self, us: int) -> str:
         """A time as the text of a literal; unambiguous in every DateStyle and TimeZone."""
-        return from_us(us).replace(tzinfo=None).isoformat(sep=" ", timespec="microseconds") + ("+00" if self._zone else "")
+        return from_micros(us).replace(tzinfo=None).isoformat(sep=" ", timespec="microseconds") + ("+00" if self._zone else "")
 
 
 def _quoted(name: str) -> str:

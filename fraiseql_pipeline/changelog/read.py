@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from fraiseql_pipeline.changelog.contract import Contract
-from fraiseql_pipeline.changelog.projection import Part, Statements, to_us
+from fraiseql_pipeline.changelog.projection import Part, Statements
 from fraiseql_pipeline.changelog.reader import Reader, Stopped
 from fraiseql_pipeline.changelog.session import FAILURES, Server, Session, discard, explained, in_order, key
 from fraiseql_pipeline.changelog.split import split
@@ -77,7 +77,7 @@ class Readers:
         Postgres cannot send comes without its JSON and with ``raw`` set. Raises ``SourceUnavailable`` when the stream breaks or stalls, ``SourceRefused``
         when Postgres will not let it be read.
         """
-        whole = Part(to_us(window.start), to_us(window.end), settled_pk, after_pk)
+        whole = Part(*window.micros, settled_pk, after_pk)
         started = time.monotonic()
         reading = Reading(self, Statements(contract), whole, self._settings)
         changing, over = threading.Lock(), False

@@ -22,7 +22,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from itertools import accumulate
 from typing import Literal, Protocol, get_args
 
@@ -31,6 +31,7 @@ import polars as pl
 from fraiseql_pipeline.changelog.lives import BLOCK, KINDS, Draws, Kind, joined, skeleton
 from fraiseql_pipeline.changelog.typical import Typical
 from fraiseql_pipeline.changelog.wide import Wide
+from fraiseql_pipeline.window import from_micros
 
 #: Rows of one slice: 25 MB, or 41 of the wide shape. Smaller slices pay more for their expressions: 4.1 µs of CPU a row to make and encode at
 #: 25,000, 2.8 at 50,000, 2.5 at 100,000.
@@ -126,7 +127,7 @@ def plan(events: int, *, days: int, end: datetime, seed: int, shape: ShapeName =
         .drop("hour")
     )
     bounds = planned.filter(pl.col("infinite") == 0).select(first=pl.col("at").min(), last=pl.col("at").max()).row(0)
-    first, last = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at) for at in bounds)
+    first, last = map(from_micros, bounds)
     return Sample(events, seed, first, last, int(planned.select((pl.col("unsound") > 0).sum()).item()), unplaced, planned, looks)
 
 

@@ -21,16 +21,17 @@ import pyarrow as pa
 
 from fraiseql_pipeline.changelog.connection import translated
 from fraiseql_pipeline.changelog.contract import Contract
-from fraiseql_pipeline.changelog.projection import Part, Statements, to_us
+from fraiseql_pipeline.changelog.projection import Part, Statements
 from fraiseql_pipeline.changelog.read import Readers
 from fraiseql_pipeline.changelog.session import FAILURES, Session, discard, explained, row_fault
 from fraiseql_pipeline.changelog.settle import drawn_key, settle_keys
+from fraiseql_pipeline.window import to_micros
 
 #: The channel that upstream's trigger notifies.
 CHANNEL = "fraiseql_events"
 
 #: Every time that a window can hold, in microseconds.
-_FIRST_US, _LAST_US = to_us(datetime(1, 1, 1, tzinfo=UTC)), to_us(datetime(9999, 12, 31, tzinfo=UTC))
+_FIRST_US, _LAST_US = to_micros(datetime(1, 1, 1, tzinfo=UTC)), to_micros(datetime(9999, 12, 31, tzinfo=UTC))
 
 #: COPY data per batch of a tail: a burst arrives in pieces that are soon handed on.
 _BATCH_BYTES = 4 << 20

@@ -26,8 +26,8 @@ from fraiseql_pipeline.flight.live import Live
 from fraiseql_pipeline.flight.plan import Plan
 from fraiseql_pipeline.flight.rounds import Round
 from fraiseql_pipeline.flight.stream import FrameStreams, Sender, frame_rows
-from fraiseql_pipeline.flight.view import to_micros
 from fraiseql_pipeline.ticket import Ticket
+from fraiseql_pipeline.window import to_micros
 
 #: After so long without an event, a follower is told how far it is.
 HEARTBEAT_SECONDS = 10.0

@@ -20,9 +20,8 @@ import pyarrow.compute as pc
 from fraiseql_pipeline.errors import FlightUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA
 from fraiseql_pipeline.flight.frames import is_full, no_disk
-from fraiseql_pipeline.flight.view import to_instant
 from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
-from fraiseql_pipeline.window import Window, WindowSize
+from fraiseql_pipeline.window import Window, WindowSize, from_micros
 
 HOUR_US = 3_600_000_000
 
@@ -32,7 +31,7 @@ _PREFIX = "live/"
 
 def window_of(hour: int) -> Window:
     """An hour, counted from 1970, as a window."""
-    return Window(to_instant(hour * HOUR_US), WindowSize.HOUR)
+    return Window(from_micros(hour * HOUR_US), WindowSize.HOUR)
 
 
 class Place(Protocol):
@@ -97,7 +96,7 @@ class HeldFiles:
         at, keys = rows["timestamp"], pc.min_max(rows["pk"])
         file = File(
             path=f"{_PREFIX}{disk.path.name}",
-            date=to_instant(hour * HOUR_US).date().isoformat(),
+            date=from_micros(hour * HOUR_US).date().isoformat(),
             size=size,
             rows=rows.num_rows,
             low=at[0].value,

@@ -34,11 +34,11 @@ from fraiseql_pipeline.errors import (
 from fraiseql_pipeline.flight.buffer import Buffer
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, Place, window_of
 from fraiseql_pipeline.flight.rounds import Rounds
-from fraiseql_pipeline.flight.view import FOREVER, LiveEvents, Span, View, Views, joined, to_micros
+from fraiseql_pipeline.flight.view import LiveEvents, Span, View, Views, joined
 from fraiseql_pipeline.lake import Lake, Snapshot
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket
-from fraiseql_pipeline.window import Window
+from fraiseql_pipeline.window import FOREVER, Window, to_micros
 
 _log = logging.getLogger(__name__)
 

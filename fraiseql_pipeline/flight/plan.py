@@ -23,7 +23,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice, pairwise
 
@@ -32,10 +32,10 @@ import pyarrow as pa
 from fraiseql_pipeline.encoding import Encoding, stream_schema, to_wire, wire_schema
 from fraiseql_pipeline.errors import LakeDamaged, TicketError, WindowMissing
 from fraiseql_pipeline.flight.segment import Filter
-from fraiseql_pipeline.flight.view import View, to_instant, to_micros
+from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import File, Snapshot
 from fraiseql_pipeline.ticket import Ticket
-from fraiseql_pipeline.window import WindowSize, tile
+from fraiseql_pipeline.window import WindowSize, from_micros, tile, to_micros
 
 #: How many missing windows a message names.
 _NAMED = 3
@@ -45,7 +45,6 @@ MAX_ENDPOINTS = 8
 #: An endpoint with fewer events costs its reader more than it saves: a connection and a call against 30 ms of frames.
 ENDPOINT_ROWS = 262_144
 
-_MICROSECOND = timedelta(microseconds=1)
 
 #: The last day of which nanoseconds can hold every time: what is endless ends here in a stream that has times.
 _LAST_NANOSECONDS = datetime(2262, 4, 11, tzinfo=UTC)
@@ -144,8 +143,8 @@ class Plan:
 
     def _part(self, low: int, high: int) -> Plan:
         last = high == self.span[1]
-        end = self.ticket.end if last else to_instant(high)
-        ticket = replace(self.ticket, start=to_instant(low), end=end, endless=self.ticket.endless and last)
+        end = self.ticket.end if last else from_micros(high)
+        ticket = replace(self.ticket, start=from_micros(low), end=end, endless=self.ticket.endless and last)
         return replace(self, ticket=ticket, rows=None)
 
     def metadata(self, **more: object) -> bytes:
@@ -179,7 +178,7 @@ class Plan:
             self.ticket.follow or self.org_id is not None or self.span[1] > live.since or bool(self.view.uncovered(*self.span))
         )
         version = None if moves else self.snapshot.version
-        end = to_instant(self.span[1])
+        end = from_micros(self.span[1])
         profile, codec = self.encoding.profile, self.encoding.codec
         return replace(self.ticket, end=end, endless=False, table_version=version, profile=profile, codec=codec)
 
@@ -207,7 +206,7 @@ class Plan:
         """
         names = list(dict.fromkeys((*self.schema.names, *self.filter.columns)))
         rows = 0
-        for found in self.snapshot.read(*map(to_instant, self.span), columns=names):
+        for found in self.snapshot.read(*map(from_micros, self.span), columns=names):
             mask = self.filter.mask(found.column)
             # A filter copies what it keeps: no byte of another tenant's is left behind in a buffer.
             batch = found if mask is None else found.filter(mask)
@@ -297,13 +296,13 @@ _Gap = tuple[int, int]
 
 
 def _count(gap: _Gap, size: WindowSize) -> int:
-    step = size.duration // _MICROSECOND
+    step = size.micros
     return -((gap[0] // step * step - gap[1]) // step)
 
 
 def _missing(gaps: list[_Gap], size: WindowSize) -> WindowMissing:
     count = sum(_count(gap, size) for gap in gaps)
-    ranges = ((to_instant(low), to_instant(high)) for low, high in gaps)
+    ranges = ((from_micros(low), from_micros(high)) for low, high in gaps)
     keys = [window.key for window in islice((window for gap in ranges for window in tile(*gap, size)), 1000)]
     named = ", ".join(keys[:_NAMED])
     more = f" and {count - _NAMED} more" if count > _NAMED else ""

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,9 +31,8 @@ from fraiseql_pipeline.encoding import FEW_VALUES, FRAME_BYTES, dictionary_fits
 from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
 from fraiseql_pipeline.lake import File, Snapshot, file_errors
+from fraiseql_pipeline.window import FOREVER, from_micros, to_micros
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FOREVER = 1 << 62
 _PARTITION = "event_date"
 #: Files whose row groups are remembered: 300 bytes each.
 _REMEMBERED = 50_000
@@ -117,12 +116,12 @@ class Segment:
 def units(files: Sequence[File]) -> list[int]:
     """Where in ``files``, ordered by their first timestamp, each unit begins."""
     starts: list[int] = []
-    reach = -_FOREVER
+    reach = -FOREVER
     for number, file in enumerate(files):
-        low = -_FOREVER if file.low is None else file.low
+        low = -FOREVER if file.low is None else file.low
         if not starts or low > reach:
             starts.append(number)
-        reach = max(reach, _FOREVER if file.high is None else file.high)
+        reach = max(reach, FOREVER if file.high is None else file.high)
     return starts
 
 
@@ -142,8 +141,8 @@ class Groups:
                 return known
         found = _in_order(snapshot, unit)
         if found is None:
-            low = min(-_FOREVER if file.low is None else file.low for file in unit)
-            high = max(_FOREVER if file.high is None else file.high for file in unit)
+            low = min(-FOREVER if file.low is None else file.low for file in unit)
+            high = max(FOREVER if file.high is None else file.high for file in unit)
             rows = [file.rows for file in unit]
             found = (Group(unit, None, low, high, None if None in rows else sum(r for r in rows if r is not None)),)
         with self._lock:
@@ -389,6 +388,4 @@ def _date(file: File) -> pa.Scalar:
 
 def _instant(micros: int) -> datetime:
     first, last = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
-    if micros <= (first - _EPOCH) // timedelta(microseconds=1):
-        return first
-    return last if micros >= (last - _EPOCH) // timedelta(microseconds=1) else _EPOCH + timedelta(microseconds=micros)
+    return from_micros(min(max(micros, to_micros(first)), to_micros(last)))

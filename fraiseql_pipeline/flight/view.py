@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -25,17 +25,12 @@ from typing import NamedTuple
 from fraiseql_pipeline.encoding import NANOSECOND_RANGE_US
 from fraiseql_pipeline.errors import LakeEmpty, TicketError
 from fraiseql_pipeline.flight.segment import units
-from fraiseql_pipeline.lake import File, Lake, Snapshot
+from fraiseql_pipeline.lake import File, Lake, Snapshot, by_time
 from fraiseql_pipeline.ticket import Ticket
-from fraiseql_pipeline.window import Window, WindowSize
+from fraiseql_pipeline.window import FOREVER, Window, WindowSize, from_micros, to_micros
 
 #: Versions whose view is kept: the newest, and those that tickets given out before are pinned to.
 _KEPT_VIEWS = 8
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-
-FOREVER = 1 << 62
 
 
 class Span(NamedTuple):
@@ -90,7 +85,7 @@ class View:
         ]
         # What is not in the lake is not counted by windows: its files tell.
         self.far += [
-            (Window.holding(to_instant(file.low), WindowSize.HOUR), file.low, file.high + 1)
+            (Window.holding(from_micros(file.low), WindowSize.HOUR), file.low, file.high + 1)
             for file in (live.files if live is not None else ())
             if file.low is not None and file.high is not None
             if not NANOSECOND_RANGE_US[0] <= file.low <= file.high <= NANOSECOND_RANGE_US[1]
@@ -116,7 +111,7 @@ class View:
     @property
     def extent(self) -> tuple[datetime, datetime]:
         """From the start of the oldest to the end of the newest window, or to when what it has was all that had settled."""
-        return to_instant(self.starts[0]), to_instant(self._end)
+        return from_micros(self.starts[0]), from_micros(self._end)
 
     @property
     def _end(self) -> int:
@@ -179,7 +174,7 @@ class View:
     def stretches(self) -> list[tuple[datetime, datetime]]:
         """The ranges that are published without a hole, oldest first."""
         edges = [self.starts[0], *(edge for hole in self.holes for edge in hole), self.reaches[-1]]
-        times = [to_instant(edge) for edge in edges]
+        times = [from_micros(edge) for edge in edges]
         return list(zip(times[::2], times[1::2], strict=True))
 
 
@@ -191,14 +186,14 @@ def joined(
     ``nothing`` is a snapshot without files that can open the live ones. Files of windows without an event above ``after_pk`` are left out.
     """
     if base is None:
-        return View(replace(nothing, files=_by_time(live.files)), spans, live)
+        return View(replace(nothing, files=by_time(live.files)), spans, live)
     low, high = base.covered(start, end)
     mine = {span.window for span in spans}
     kept = [span for span in base.spans[low:high] if span.window not in mine]
     files = [file for file in base.snapshot.files if file.touches(start, end)]
     if after_pk:
         files = [file for file in files if not base.has_all_below(file, after_pk)]
-    snapshot = replace(base.snapshot, files=_by_time([*files, *live.files]), storage=nothing.storage)
+    snapshot = replace(base.snapshot, files=by_time([*files, *live.files]), storage=nothing.storage)
     return View(snapshot, [*kept, *spans], live)
 
 
@@ -254,28 +249,13 @@ def pinned(lake: Lake, ticket: Ticket) -> Snapshot:
 
 
 def _published(snapshot: Snapshot) -> Iterator[Span]:
-    lengths = {size: size.duration // _MICROSECOND for size in WindowSize}
+    lengths = {size: size.micros for size in WindowSize}
     for window, commit in snapshot.published.items():
         start = to_micros(window.start)
         end = start + lengths[window.size]
         yield Span(window, start, end, commit.settled_pk, commit.accepted_rows, commit.state == "provisional", counted=True)
 
 
-def _by_time(files: Iterable[File]) -> tuple[File, ...]:
-    return tuple(sorted(files, key=lambda file: (-FOREVER if file.low is None else file.low, file.path)))
-
-
 def _sums(numbers: Iterable[int]) -> list[int]:
     """Of the numbers before each position, and of all."""
     return list(accumulate(numbers, initial=0))
-
-
-def to_micros(at: datetime) -> int:
-    """Microseconds since 1970."""
-    since = at - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-
-
-def to_instant(micros: int) -> datetime:
-    """The instant of microseconds since 1970."""
-    return _EPOCH + micros * _MICROSECOND

@@ -18,11 +18,11 @@ validation rules, the order of a run, Flight.
     lake         the door
 """
 
-from fraiseql_pipeline.lake.entry import File
+from fraiseql_pipeline.lake.entry import File, by_time
 from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
 from fraiseql_pipeline.lake.lake import Lake
 from fraiseql_pipeline.lake.parquet import write_file
 from fraiseql_pipeline.lake.read import Opens, Snapshot, file_errors
 from fraiseql_pipeline.lake.staging import Staged
 
-__all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Opens", "Snapshot", "Staged", "file_errors", "write_file"]
+__all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Opens", "Snapshot", "Staged", "by_time", "file_errors", "write_file"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.lake.facts import KEY
 from fraiseql_pipeline.lake.parquet import NewFile
+from fraiseql_pipeline.window import FOREVER
 
 PARTITION = "event_date"
 ENGINE = "fraiseql-pipeline"
@@ -43,6 +44,11 @@ class File:
     def within(self, start: int, end: int) -> bool:
         """Whether every row certainly lies in [start, end)."""
         return self.low is not None and self.high is not None and self.low >= start and self.high < end
+
+
+def by_time(files: Iterable[File]) -> tuple[File, ...]:
+    """In the order of their first timestamp; those that do not tell it come first."""
+    return tuple(sorted(files, key=lambda file: (-FOREVER if file.low is None else file.low, file.path)))
 
 
 @dataclass(frozen=True, slots=True)

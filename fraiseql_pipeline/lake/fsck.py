@@ -27,7 +27,7 @@ from fraiseql_pipeline.errors import LakeDamaged, LakeError
 from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit, Finding
 from fraiseql_pipeline.lake.storage import LOG, LocalStorage, entry_name
-from fraiseql_pipeline.lake.table import Table, micros
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.window import Window
 
 _ENTRY = re.compile(rf"{LOG}/(\d{{20}})\.json")
@@ -229,7 +229,7 @@ def _rows_by_window(table: Table, windows: list[Window]) -> Counter[Window]:
     for window in windows:
         by_date.setdefault(window.start.date().isoformat(), []).append(window)
     for file in table.active():
-        near = [(w, *micros(w)) for w in by_date.get(file.date, [])]
+        near = [(w, *w.micros) for w in by_date.get(file.date, [])]
         inside = [w for w, start, end in near if file.within(start, end)]
         if inside and file.rows is not None:
             rows[inside[0]] += file.rows

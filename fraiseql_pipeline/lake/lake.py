@@ -6,7 +6,7 @@ What lives here: ``Lake``, the door to everything in this package. What must not
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from fraiseql_pipeline.errors import LakeEmpty
 from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
-from fraiseql_pipeline.lake.entry import File
+from fraiseql_pipeline.lake.entry import by_time
 from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
 from fraiseql_pipeline.lake.fsck import examine
 from fraiseql_pipeline.lake.maintenance import Maintenance, maintain
@@ -23,7 +23,7 @@ from fraiseql_pipeline.lake.published import current
 from fraiseql_pipeline.lake.read import Snapshot, read_rejected
 from fraiseql_pipeline.lake.staging import Staged
 from fraiseql_pipeline.lake.storage import storage_errors, storage_for
-from fraiseql_pipeline.lake.table import Table, micros
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, as_utc, tile
 
@@ -129,12 +129,12 @@ class Lake:
             if not self.events.refresh():
                 raise LakeEmpty("Nothing is published in the lake yet; run fraiseql-pipeline materialize first.")
             if version is not None and version != self.events.version:
-                files = _by_time(self.events.files_at(version))
+                files = by_time(self.events.files_at(version))
                 return Snapshot(version, files, self.events.published_at(version), self.events.storage, self.events.generation)
             with self._lock:
                 at, kept = (self.events.generation, self.events.version), self._snapshot
                 if kept is None or (kept.generation, kept.version) != at:
-                    files = _by_time(self.events.active())
+                    files = by_time(self.events.active())
                     kept = Snapshot(
                         self.events.version, files, self.events.published(), self.events.storage, self.events.generation
                     )
@@ -161,9 +161,7 @@ class Lake:
     def quarantined(self, window: Window, columns: Sequence[str] | None = None) -> pa.Table:
         """The rejected rows of a window as ``QUARANTINE_SCHEMA``, or some of its columns, ordered by pk; empty if there are none."""
         with self.quarantine.lock:
-            files = (
-                [file for file in self.quarantine.active() if file.touches(*micros(window))] if self.quarantine.refresh() else []
-            )
+            files = [file for file in self.quarantine.active() if file.touches(*window.micros)] if self.quarantine.refresh() else []
         return read_rejected(self.quarantine.storage, files, window, columns)
 
     def fsck(self, repair: bool = False) -> list[Finding]:
@@ -182,7 +180,3 @@ class Lake:
         """Compact days that ended before ``now - horizon``, delete files older than the retention that no version needs, checkpoint."""
         with storage_errors("maintaining the lake"):
             return maintain((self.events, self.quarantine), now, horizon=horizon, retention=retention, compact=compact)
-
-
-def _by_time(files: Iterable[File]) -> tuple[File, ...]:
-    return tuple(sorted(files, key=lambda f: (-1 << 62 if f.low is None else f.low, f.path)))

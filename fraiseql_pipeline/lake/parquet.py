@@ -16,7 +16,7 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeUnavailable
 from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage, storage_errors
+from fraiseql_pipeline.window import from_micros, to_micros
 
 #: Rows per row group: one Flight batch of the cache, and small enough that 400 MB hold a writer and a reader.
 ROW_GROUP_ROWS = 131_072
@@ -49,8 +50,6 @@ BLOOM_FALSE_POSITIVES = 0.01
 LOGGED = ("event_type", "entity_type", "timestamp", "org_id", "pk", "window_key")
 #: A longer string is left out of the log: a truncated maximum is not one.
 LOGGED_CHARACTERS = 64
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +241,7 @@ def _logged_statistics(footer: pq.FileMetaData) -> dict[str, Any]:
 def log_time(micros: int) -> str:
     """A time in the log's form. Microseconds are written out: cut to milliseconds, a maximum would lie below the rows it bounds."""
     # Not strftime, which writes the year 202 with three digits.
-    return (_EPOCH + timedelta(microseconds=micros)).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    return from_micros(micros).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def parse_log_time(text: str) -> tuple[int, bool] | None:
@@ -258,4 +257,4 @@ def parse_log_time(text: str) -> tuple[int, bool] | None:
         at = at.replace(tzinfo=UTC)
     _, _, fraction = text.partition(".")
     digits = len(fraction.rstrip("Z").split("+")[0].split("-")[0])
-    return (at - _EPOCH) // timedelta(microseconds=1), digits >= 6
+    return to_micros(at), digits >= 6

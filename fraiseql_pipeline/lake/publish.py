@@ -35,7 +35,7 @@ from fraiseql_pipeline.lake.facts import Commit, Facts, Outcome
 from fraiseql_pipeline.lake.parquet import NewFile
 from fraiseql_pipeline.lake.rewrite import Rewriter
 from fraiseql_pipeline.lake.staging import Staged
-from fraiseql_pipeline.lake.table import Table, micros
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.window import Window, WindowSize
 
 #: 4 processes that replaced one window 25 times each as fast as they could lost 113 races for 100 commits.
@@ -242,7 +242,7 @@ class Publisher:
 
     def _crowded(self, commit: Commit) -> bool:
         """Whether the log counts other rows of the window than the commit: an hour was published between the two commits of its day."""
-        start, end = micros(self._window)
+        start, end = self._window.micros
         files = self._quarantine.files_touching(self._window)
         if any(f.rows is None or not f.within(start, end) for f in files):
             return False  # compacted with others: nobody can tell without reading

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime
 from functools import cached_property
 from itertools import count, pairwise
 from typing import Protocol
@@ -31,12 +31,10 @@ from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, QUARANTINE_SCHEMA
 from fraiseql_pipeline.lake.entry import PARTITION, File
 from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import ROW_GROUP_ROWS
-from fraiseql_pipeline.window import Window, as_utc
+from fraiseql_pipeline.window import FOREVER, Window, as_utc, to_micros
 
 #: Rows of overlapping row groups that may be in memory together; beyond, the region is read in slices of time.
 HELD_ROWS = 3 * ROW_GROUP_ROWS
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FOREVER = 1 << 62
 
 
 class Opens(Protocol):
@@ -62,11 +60,11 @@ class Snapshot:
 
     @cached_property
     def _lows(self) -> list[int]:
-        return [-_FOREVER if f.low is None else f.low for f in self.files]
+        return [-FOREVER if f.low is None else f.low for f in self.files]
 
     def files_in(self, start: datetime, end: datetime) -> list[File]:
         """The files that may hold events of [start, end), ordered by their first timestamp."""
-        low, high = to_micros(start), to_micros(end)
+        low, high = to_micros(as_utc(start)), to_micros(as_utc(end))
         return [f for f in self.files[: bisect_left(self._lows, high)] if f.touches(low, high)]
 
     def open(self, file: File) -> pa.NativeFile:
@@ -84,7 +82,7 @@ class Snapshot:
         names = LAKE_SCHEMA.names if columns is None else list(columns)
         if unknown := [n for n in names if n not in LAKE_SCHEMA.names]:
             raise InputError(f"Unknown columns {unknown}; the lake has {', '.join(LAKE_SCHEMA.names)}.")
-        sweep = _Sweep(self.storage, to_micros(start), to_micros(end), names, tuple(entity_types))
+        sweep = _Sweep(self.storage, to_micros(as_utc(start)), to_micros(as_utc(end)), names, tuple(entity_types))
         return sweep.run(self.files_in(start, end))
 
 
@@ -114,11 +112,6 @@ def _may_hold(footer: pq.FileMetaData, group: int, key: str) -> bool:
     at = next(i for i in range(footer.num_columns) if footer.schema.column(i).path == "window_key")
     stats = columns.column(at).statistics
     return stats is None or not stats.has_min_max or bool(stats.min <= key <= stats.max)
-
-
-def to_micros(at: datetime) -> int:
-    """Microseconds since 1970."""
-    return (as_utc(at) - _EPOCH) // timedelta(microseconds=1)
 
 
 @dataclass
@@ -190,7 +183,7 @@ class _Sweep:
         source = _OpenFile(file, parquet)
         for index in range(footer.num_row_groups):
             group = footer.row_group(index)
-            low, high = -_FOREVER, _FOREVER
+            low, high = -FOREVER, FOREVER
             stats = group.column(columns["timestamp"]).statistics
             # Other writers may store milliseconds, or the 96 bits of old.
             stored = str(footer.schema.column(columns["timestamp"]).logical_type)

@@ -18,7 +18,7 @@ from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.read import file_errors
-from fraiseql_pipeline.lake.table import Table, micros
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.window import Window, WindowSize
 
 _BATCH_ROWS = 16_384
@@ -38,7 +38,7 @@ class Rewriter:
         With ``force`` a file that is missing or torn is removed as it is: the rows of other windows that it held are lost already, and
         ``fsck`` names these windows.
         """
-        start, end = micros(self.window)
+        start, end = self.window.micros
         adds: list[NewFile] = []
         removes: list[File] = []
         for file in table.files_touching(self.window):

@@ -23,7 +23,6 @@ from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
 from fraiseql_pipeline.lake.content import ContentHash
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage
-from fraiseql_pipeline.lake.table import micros
 from fraiseql_pipeline.window import Window
 
 
@@ -37,7 +36,7 @@ class Staged:
         self.window = window
         self.lowest_pk: int | None = None
         self.reasons: Counter[str] = Counter()
-        self._start, self._end = micros(window)
+        self._start, self._end = window.micros
         date = window.start.date().isoformat()
         prefix = f"window-{window.key.replace(':', '')}"
         self._events = events

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -45,7 +44,6 @@ CONFIGURATION = {
     "delta.enableExpiredLogCleanup": "false",
     "delta.deletedFileRetentionDuration": "interval 7 days",
 }
-_SECOND = 1_000_000
 
 
 class Table:
@@ -269,7 +267,7 @@ class Table:
 
     def files_touching(self, window: Window) -> list[File]:
         """The active files that may hold rows of a window; looks at its date only."""
-        start, end = micros(window)
+        start, end = window.micros
         return [f for f in self.files.get(window.start.date().isoformat(), {}).values() if f.touches(start, end)]
 
     def _apply_files(self, files: dict[str, dict[str, File]], actions: Sequence[Mapping[str, Any]]) -> None:
@@ -410,10 +408,4 @@ def _key_start(key: str | None) -> int | None:
     """Microseconds of the start of the window a key names; ``None`` for no key."""
     if key is None:
         return None
-    return micros(Window.parse(key))[0]
-
-
-def micros(window: Window) -> tuple[int, int]:
-    """[start, end) of a window in microseconds since 1970."""
-    start = int(window.start.timestamp()) * _SECOND
-    return start, start + window.size.duration // timedelta(microseconds=1)
+    return Window.parse(key).micros[0]
