@@ -20,7 +20,7 @@ from fraiseql_pipeline.errors import LakeEmpty, NotOffered, TicketError
 from fraiseql_pipeline.flight import protocol, session
 from fraiseql_pipeline.flight.auth import ADMIN, READ, Authenticator
 from fraiseql_pipeline.flight.edge import ANY, MAX_REQUEST_BYTES, Call, Edge
-from fraiseql_pipeline.flight.limits import Streams
+from fraiseql_pipeline.flight.limits import Slots
 from fraiseql_pipeline.flight.service import FlightService, parse
 from fraiseql_pipeline.lake import Lake
 
@@ -35,11 +35,11 @@ class _Action:
 class Actions:
     """The RPCs that send no events."""
 
-    def __init__(self, lake: Lake, service: FlightService, authenticator: Authenticator, streams: Streams) -> None:
+    def __init__(self, lake: Lake, service: FlightService, authenticator: Authenticator, slots: Slots) -> None:
         self._lake = lake
         self._service = service
         self._authenticator = authenticator
-        self._streams = streams
+        self._slots = slots
 
     def handlers(self, edge: Edge) -> dict[str, Any]:
         """RPC → handler."""
@@ -106,7 +106,7 @@ class Actions:
 
     def _cancel(self, body: bytes, call: Call) -> bytes:
         info = parse(protocol.CancelFlightInfoRequest, body).info
-        ended = sum(self._streams.cancel(endpoint.ticket.ticket, call.caller) for endpoint in info.endpoint)
+        ended = sum(self._slots.cancel(endpoint.ticket.ticket, call.caller) for endpoint in info.endpoint)
         status = protocol.CANCELLED if ended else protocol.NOT_CANCELLABLE
         return protocol.CancelFlightInfoResult(status=status).SerializeToString()
 

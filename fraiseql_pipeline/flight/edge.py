@@ -27,7 +27,7 @@ from fraiseql_pipeline.errors import InputError, NotAllowed, NotAuthenticated, N
 from fraiseql_pipeline.flight import limits, status
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, Authenticator, Caller
-from fraiseql_pipeline.flight.limits import Running, Streams
+from fraiseql_pipeline.flight.limits import Running, Slots
 from fraiseql_pipeline.flight.metrics import Metrics
 from fraiseql_pipeline.flight.presence import ClientGone, Presence
 
@@ -130,9 +130,9 @@ class Call:
 class Edge:
     """Makes gRPC handlers out of methods."""
 
-    def __init__(self, authenticator: Authenticator, streams: Streams, metrics: Metrics, audit: AuditLog) -> None:
+    def __init__(self, authenticator: Authenticator, slots: Slots, metrics: Metrics, audit: AuditLog) -> None:
         self._authenticator = authenticator
-        self._streams = streams
+        self._slots = slots
         self._metrics = metrics
         self._audit = audit
 
@@ -140,12 +140,12 @@ class Edge:
         """An RPC with one answer, which may take a while: the lake and the database are asked for it."""
 
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
-            call = Call(name, context, self._streams.max_rows)
+            call = Call(name, context, self._slots.max_rows)
             code = "OK"
             try:
                 self._admit(call, scope)
                 shared = not self._authenticator.knows_callers
-                with self._streams.plan(call.caller, context, shared=shared) as call.running:
+                with self._slots.plan(call.caller, context, shared=shared) as call.running:
                     message = method(_bounded(request), call)
                 call.sent_bytes = len(message)
                 return message
@@ -185,7 +185,7 @@ class Edge:
         self, name: str, method: Callable[[Any, Call], Iterator[bytes]], scope: str | None, kind: Kind
     ) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
         def answers(request: Any, context: grpc.ServicerContext) -> Generator[bytes]:
-            call = Call(name, context, self._streams.max_rows)
+            call = Call(name, context, self._slots.max_rows)
             code = "OK"
             counted = kind == "stream" and scope is not None
             try:
@@ -228,10 +228,10 @@ class Edge:
 
     def _slot(self, call: Call, kind: Kind, scope: str | None) -> AbstractContextManager[Running]:
         if scope is None:
-            return self._streams.handshake(self._authenticator.introduced(call.context.invocation_metadata()), call.context)
+            return self._slots.handshake(self._authenticator.introduced(call.context.invocation_metadata()), call.context)
         if kind == "short":
-            return self._streams.short(call.caller, call.context)
-        return self._streams.stream(call.caller, call.context, shared=not self._authenticator.knows_callers)
+            return self._slots.short(call.caller, call.context)
+        return self._slots.stream(call.caller, call.context, shared=not self._authenticator.knows_callers)
 
     def _admit(self, call: Call, scope: str) -> None:
         call.caller = self._authenticator.caller(call.context.invocation_metadata(), tuple(call.context.peer_identities() or ()))

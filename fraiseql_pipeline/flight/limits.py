@@ -134,7 +134,7 @@ class Running:
         return None
 
 
-class Streams:
+class Slots:
     """Every call that has a slot, and the thread that watches them. ``on_cut`` is told the reason of each cut."""
 
     def __init__(self, settings: Settings, on_cut: Callable[[str], None]) -> None:
@@ -263,7 +263,9 @@ class Streams:
             ),
             "cancelled": (grpc.StatusCode.ABORTED, "The stream was ended by CancelFlightInfo."),
         }[reason]
-        _log.info("a stream of %s was cut: %s", "a handshake" if running.caller is None else running.caller.principal, reason)
+        _log.info(
+            "a call of %s was cut: %s", "somebody who logs in" if running.caller is None else running.caller.principal, reason
+        )
         try:
             context._rpc_event.call.cancel(code.value[0], sentence)  # see the module's docstring
         except (AttributeError, TypeError):

@@ -29,7 +29,7 @@ from fraiseql_pipeline.flight.actions import Actions, health
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, SCOPES, Authenticator, Caller
 from fraiseql_pipeline.flight.edge import MAX_REQUEST_BYTES, METHODS, Edge
-from fraiseql_pipeline.flight.limits import Streams
+from fraiseql_pipeline.flight.limits import Slots
 from fraiseql_pipeline.flight.metrics import Metrics
 from fraiseql_pipeline.flight.service import FlightService
 from fraiseql_pipeline.flight.threads import Threads
@@ -74,18 +74,18 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
     everyone = Caller("anonymous", None, SCOPES if is_loopback(host) else frozenset({READ}))
     authenticator = Authenticator(settings, everyone)
     metrics = Metrics(METHODS)
-    streams = Streams(settings, metrics.cut)
+    slots = Slots(settings, metrics.cut)
     audit = AuditLog(settings.arrow_flight_audit_log)
     chosen = lake or Lake.of(settings)
     service = FlightService(settings, chosen)
     metrics.watch(service.store.figures)
     if service.live is not None:
         service.live.tell = metrics.live
-    edge = Edge(authenticator, streams, metrics, audit)
+    edge = Edge(authenticator, slots, metrics, audit)
     log = ChangeLog(settings.database_url, settings) if settings.arrow_flight_uploads and settings.database_url else None
     put = None if log is None else uploads(log.append)
-    handlers = service.handlers(edge, put) | Actions(chosen, service, authenticator, streams).handlers(edge)
-    most = streams.most + _SPARE_THREADS
+    handlers = service.handlers(edge, put) | Actions(chosen, service, authenticator, slots).handlers(edge)
+    most = slots.most + _SPARE_THREADS
     threads = Threads(most, "flight")
     server = grpc.server(
         threads,  # type: ignore[arg-type] # all that is asked of it is ``submit``
@@ -111,7 +111,7 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
     service.start()
     _log.info("Flight server listens on %s, port %d", host, port)
     url = f"{'grpc' if credentials is None else 'grpc+tls'}://{host}:{port}"
-    return FlightServer(server, threads, service, streams, audit, metrics, chosen, log, url, settings.arrow_flight_drain_seconds)
+    return FlightServer(server, threads, service, slots, audit, metrics, chosen, log, url, settings.arrow_flight_drain_seconds)
 
 
 def check_address(settings: Settings, *, insecure: bool) -> str:
@@ -145,7 +145,7 @@ class FlightServer:
         server: grpc.Server,
         threads: Threads,
         service: FlightService,
-        streams: Streams,
+        slots: Slots,
         audit: AuditLog,
         metrics: Metrics,
         lake: Lake,
@@ -156,7 +156,7 @@ class FlightServer:
         self._server = server
         self._threads = threads
         self._service = service
-        self._streams = streams
+        self._slots = slots
         self._audit = audit
         self._log = log
         self._drain_seconds = drain_seconds
@@ -172,7 +172,7 @@ class FlightServer:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._log is not None:
             self._log.close()
-        self._streams.close()
+        self._slots.close()
         self._service.close()
         self._threads.join(_END_SECONDS)
         self._audit.close()
