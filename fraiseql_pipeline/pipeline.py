@@ -134,7 +134,9 @@ def merge_late(
     if not published:
         return []
     newest = lake.newest()  # before settling, as above
-    changelog.preflight()
+    contract = changelog.preflight()
+    if not force and newest is not None and newest.identity != contract.identity:
+        raise _another_source(newest, _OTHER_IDENTITY)
     late = changelog.late({window: commit.settled_pk for window, commit in published.items()})
     if not late:
         return []
@@ -260,12 +262,16 @@ def check_same_source(known: Commit | None, settlement: Settlement) -> None:
     """Raises ``SourceRefused`` where a settlement is of another change log than the lake's newest commit, or of less of it."""
     if known is None or (known.identity == settlement.identity and known.settled_pk <= settlement.settled_pk):
         return
-    what = (
-        "is another cluster, timeline or table"
-        if known.identity != settlement.identity
-        else f"has only reached key {settlement.settled_pk}"
+    raise _another_source(
+        known, _OTHER_IDENTITY if known.identity != settlement.identity else f"has only reached key {settlement.settled_pk}"
     )
-    raise SourceRefused(
+
+
+_OTHER_IDENTITY = "is another cluster, timeline or table, or its keys began anew"
+
+
+def _another_source(known: Commit, what: str) -> SourceRefused:
+    return SourceRefused(
         f"The change log {what}, but window {known.window.key} was published from one that had reached key {known.settled_pk}: it was restored, "
         "rebuilt or replaced. Check FRAISEQL_DATABASE_URL; if the change is meant, materialize the windows again with --force, or use a new lake."
     )
@@ -396,12 +402,13 @@ def _ahead(source: AbstractContextManager[_S], work: Callable[[_S], Generator[_T
     try:
         with source as given:
             thread = threading.Thread(target=produce, args=[given], name="ahead", daemon=True)
-            thread.start()
             try:
+                thread.start()
                 with closing(consume()) as consumer:
                     yield consumer
             finally:
                 stop.set()
     finally:
-        if thread is not None:
+        stop.set()  # a signal may raise between any two lines
+        if thread is not None and thread.ident is not None:
             thread.join()

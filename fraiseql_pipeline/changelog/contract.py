@@ -56,7 +56,8 @@ OPTIONAL: tuple[str, ...] = tuple(name for name in ACCEPTED_TYPES if name not in
 class Contract:
     """A source that passed preflight.
 
-    ``identity``: changes when the cluster, its timeline or the table is another one, so that settled pks of before mean nothing.
+    ``identity``: changes when the cluster, its timeline or the table is another one, or its keys begin anew, so that settled pks of before
+    mean nothing.
     ``columns``: columns of the change log that exist, with their type. ``can_seal``: other users' transactions are visible, so a window
     can be sealed and not only settled. ``sequence``: oid of the pk sequence; ``readable_sequence``: its name, quoted for SQL, where its
     last value may be read. ``warnings``: one sentence each, for the user.

@@ -89,6 +89,8 @@ def write_sample(
     began = time.perf_counter()
     create_contract(changelog.url)
     with _writing(changelog.url) as connection:
+        if connection.execute("SELECT pg_try_advisory_lock(hashtext('fraiseql-pipeline sample is written'))").fetchone() != (True,):
+            raise SourceRefused("Another sample is being written into this change log; wait for it.")
         if not append and connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone():
             raise SourceRefused(
                 "The change log already holds events, and samples are written into an empty one only; name an empty database in "

@@ -75,6 +75,10 @@ def _check_source(source: Mapping[str, Any]) -> None:
         )
     if source["kind"] not in {"r", "p"}:
         raise SourceRefused(f"{TABLE} must be a table; it is a view or a foreign table, whose writers cannot be seen.")
+    if source["has_foreign_part"]:
+        raise SourceRefused(
+            f"A part of {TABLE} is a foreign table, whose writers cannot be seen; read the database it is in, or detach that part."
+        )
     if not source["may_use_schema"]:
         raise SourceRefused(f"Role {source['role']!r} may not use schema core; GRANT USAGE ON SCHEMA core to it.")
 
@@ -98,6 +102,11 @@ def _check_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def _check_visible(connection: psycopg.Connection[Any], source: Mapping[str, Any]) -> None:
     """Row-level security would hide rows without an error; ``row_security = off`` makes a hidden row one, and is asked to prove it."""
+    if not source["may_read"]:
+        raise SourceRefused(
+            f"Role {source['role']!r} may read single columns of {TABLE}, but not lock the table against migrations while it reads; "
+            f"GRANT SELECT ON {TABLE} to it."
+        )
     remedy = f"ALTER ROLE {source['role']} BYPASSRLS, or connect as a role that has it"
     if source["filtered"]:
         policies = ", ".join(source["policies"] or ()) or "no policy, so all rows"
@@ -131,6 +140,11 @@ def _check_sequence(connection: psycopg.Connection[Any], source: Mapping[str, An
                 f"The sequence {sequence['name']} {what}, so a smaller key may be drawn after a larger one and no window can be proved "
                 f"complete; ALTER SEQUENCE {sequence['name']} {remedy}."
             )
+    if sequence["seqmin"] < 0:
+        raise SourceRefused(
+            f"The sequence {sequence['name']} may give out negative keys, above which no event would be found; "
+            f"ALTER SEQUENCE {sequence['name']} MINVALUE 1."
+        )
     if sequence["readable"]:
         newest, drawn = connection.execute(sql("preflight_above_sequence").format(sequence=sequence["name"])).fetchone() or (
             None,

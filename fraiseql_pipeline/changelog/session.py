@@ -7,7 +7,8 @@ Invariants
  1. A statement of ours runs inside BEGIN … REPEATABLE READ READ ONLY with every setting made for that transaction only, so neither a
     role's defaults nor a pooler that swaps connections between transactions can change what a value means or which rows are seen.
  2. A session is either idle outside any transaction, or owned by one reader; whoever is in doubt closes it.
- 3. What leaves ``stream`` has exactly ``BATCH_SCHEMA``: no metadata of the driver's, no extension types.
+ 3. No table is rewritten under a snapshot: the lock on the log is older than every snapshot that is taken here.
+ 4. What leaves ``stream`` has exactly ``BATCH_SCHEMA``: no metadata of the driver's, no extension types.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from adbc_driver_manager import AdbcConnection, AdbcStatement
 from adbc_driver_manager._reader import AdbcRecordBatchReader  # the only reader that keeps the SQLSTATE of an error
 from psycopg.conninfo import make_conninfo
 
-from fraiseql_pipeline.changelog.connection import NO_TRANSACTION_TIMEOUT, SESSION, explain_sqlstate, explain_text, parameters
+from fraiseql_pipeline.changelog.connection import (
+    NO_TRANSACTION_TIMEOUT,
+    SESSION,
+    TABLE,
+    explain_sqlstate,
+    explain_text,
+    parameters,
+)
 from fraiseql_pipeline.errors import SourceError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import BATCH_SCHEMA
 
@@ -76,14 +84,20 @@ class Session:
 
     def begin(self, *, timeout_seconds: float, free_plan: bool = False, snapshot: str | None = None) -> None:
         """Opens the transaction of a read, in an exported snapshot if one is named."""
+        timeout = f"{max(1, int(timeout_seconds * 1000))}ms"
         self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         if snapshot is not None:
             self.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
+        else:
+            # Before anything that takes the snapshot: the rows of an ALTER TABLE that writes the table anew are invisible to older ones.
+            self.execute(f"SET LOCAL lock_timeout = '{SESSION['lock_timeout']}'")
+            self.execute(f"SET LOCAL statement_timeout = '{timeout}'")
+            self.execute(f"LOCK TABLE {TABLE} IN ACCESS SHARE MODE")
         settings = {
             **{name: value for name, value in SESSION.items() if not name.startswith("default_transaction")},
             **_ALWAYS,
             **({} if free_plan else _IN_ORDER),
-            "statement_timeout": f"{max(1, int(timeout_seconds * 1000))}ms",
+            "statement_timeout": timeout,
         }
         set_all = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
         self.ask(f"SELECT {set_all}, {NO_TRANSACTION_TIMEOUT.format(local='true')}")

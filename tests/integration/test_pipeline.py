@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from fraiseql_pipeline import pipeline
-from fraiseql_pipeline.changelog import ChangeLog, open_changelog, source
+from fraiseql_pipeline.changelog import ChangeLog, embedded, open_changelog, source
 from fraiseql_pipeline.errors import (
     LakeError,
     LakeUnavailable,
@@ -157,14 +159,93 @@ def test_a_rebuilt_change_log_is_refused_until_it_is_forced(shop: Shop) -> None:
     shop.materialize()
     shop.execute("TRUNCATE core.tb_entity_change_log RESTART IDENTITY")
     shop.write(3)
-    with pytest.raises(SourceRefused, match="restored, rebuilt or replaced"):
-        shop.materialize()
-    with pytest.raises(SourceRefused, match="only reached key 3"):
-        shop.merge_late() or shop.materialize()
+    for again in (shop.materialize, shop.merge_late):
+        with pytest.raises(SourceRefused, match=r"keys began anew.*restored, rebuilt or replaced"):
+            again()
     assert shop.lake.published()[shop.window].accepted_rows == 10
     (forced,) = shop.materialize(force=True, allow_shrink=True)
     assert (forced.commit.outcome, forced.commit.accepted_rows) == ("replaced", 3)
     assert shop.materialize()[0].commit.outcome == "unchanged"
+
+
+def test_a_change_log_that_began_anew_is_refused_also_once_its_keys_have_caught_up(shop: Shop) -> None:
+    shop.write(10)
+    shop.materialize()
+    shop.execute("TRUNCATE core.tb_entity_change_log RESTART IDENTITY")
+    shop.write(30)
+    with pytest.raises(SourceRefused, match="keys began anew"):
+        shop.merge_late()
+
+
+def test_keys_that_were_set_back_are_refused(shop: Shop) -> None:
+    shop.write(10)
+    shop.materialize()
+    shop.execute("TRUNCATE core.tb_entity_change_log")
+    shop.execute("SELECT setval('core.tb_entity_change_log_pk_entity_change_log_seq', 3)")
+    with pytest.raises(SourceRefused, match="only reached key 3"):
+        shop.materialize()
+
+
+def test_late_events_do_not_make_up_for_those_that_the_source_has_lost(shop: Shop) -> None:
+    shop.write(10)
+    shop.materialize()
+    shop.execute("DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log <= 5")
+    shop.write(6)
+    with pytest.raises(WindowShrinks, match="published with 10 rows, of which the source has 5 left"):
+        shop.materialize()
+    (merged,) = shop.merge_late()
+    assert merged.commit.accepted_rows == 16
+    (allowed,) = shop.materialize(allow_shrink=True)
+    assert (allowed.commit.outcome, allowed.commit.accepted_rows) == ("replaced", 11)
+
+
+def test_a_table_that_is_rewritten_during_a_run_loses_no_event(shop: Shop) -> None:
+    windows = [Window(shop.window.start - n * HOUR, WindowSize.HOUR) for n in (2, 1, 0)]
+    for window in windows:
+        shop.write(20, at=window.start)
+    rewriting, migrated = threading.Event(), list[threading.Thread]()
+
+    def migrate() -> None:
+        with psycopg.connect(shop.url) as connection:
+            connection.execute("ALTER TABLE core.tb_entity_change_log ADD COLUMN x uuid DEFAULT gen_random_uuid()")
+            rewriting.set()
+            # Committed once the run waits for it, which it does before it takes the snapshot of the next window.
+            waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'core.tb_entity_change_log'::regclass"
+            while connection.execute(waits).fetchone() == (0,):
+                time.sleep(0.01)
+
+    def told(_: Materialization) -> None:
+        if not migrated:
+            migrated.append(threading.Thread(target=migrate))
+            migrated[0].start()
+            assert rewriting.wait(60)
+
+    done = shop.materialize(*windows, on_window=told)
+    migrated[0].join()
+    assert [each.commit.accepted_rows for each in done] == [20, 20, 20]
+
+
+def test_a_partitioned_log_is_published_by_a_role_that_may_read_no_part_by_itself(database: str, role: str, tmp_path: Path) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            f"""CREATE SCHEMA core; CREATE SEQUENCE core.keys;
+            CREATE TABLE core.tb_entity_change_log (
+                pk_entity_change_log bigint NOT NULL DEFAULT nextval('core.keys'), object_type text, modification_type text,
+                id uuid DEFAULT gen_random_uuid(), object_id uuid, object_data jsonb, tenant_id uuid,
+                created_at timestamptz NOT NULL DEFAULT now()) PARTITION BY HASH (created_at);
+            CREATE TABLE core.even PARTITION OF core.tb_entity_change_log FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+            CREATE TABLE core.odd PARTITION OF core.tb_entity_change_log FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+            CREATE INDEX ON core.tb_entity_change_log (created_at);
+            GRANT USAGE ON SCHEMA core TO {role}; GRANT SELECT ON core.tb_entity_change_log TO {role}"""
+        )
+    shop = Shop(database, tmp_path / "lake")
+    shop.write(40)
+    name = str(psycopg.conninfo.conninfo_to_dict(database)["dbname"])
+    shop.settings = shop.settings.model_copy(update={"database_url": embedded.database_url(database, name, role)})
+    (done,) = shop.materialize()
+    assert done.commit.accepted_rows == 40
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(f"DROP OWNED BY {role}")
 
 
 def test_another_change_log_is_refused(shop: Shop, database: str) -> None:

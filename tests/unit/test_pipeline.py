@@ -51,6 +51,20 @@ def test_the_thread_is_never_further_ahead_than_its_depth() -> None:
         assert produced == [0, 1, 2, 3]
 
 
+def test_a_signal_in_the_middle_of_starting_the_thread_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "ahead":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), _ahead(nullcontext(numbers(1000)), iter):
+        raise AssertionError("it was not begun")
+    assert ahead_threads() == 0
+
+
 def test_leaving_early_stops_the_thread_and_closes_its_source() -> None:
     closed = threading.Event()
 

@@ -37,6 +37,9 @@ def _preflight(url: str, user: str | None = None) -> Contract:
         changelog.close()
 
 
+_COLUMNS = f"SELECT attname FROM pg_attribute WHERE attrelid = '{_TABLE}'::regclass AND attnum > 0 AND NOT attisdropped"
+
+
 @pytest.fixture
 def owner(changelog_url: str) -> Iterator[psycopg.Connection[Any]]:
     with psycopg.connect(changelog_url, autocommit=True) as connection:
@@ -190,12 +193,17 @@ def test_a_role_without_rights_is_told_which_it_lacks(changelog_url: str, owner:
     owner.execute(f"GRANT SELECT (id, object_type, modification_type, created_at) ON {_TABLE} TO {stranger}")
     with pytest.raises(SourceRefused, match="may not read columns object_id,"):
         _preflight(changelog_url, stranger)
+    everything = ", ".join(name for (name,) in owner.execute(_COLUMNS).fetchall())
+    owner.execute(f"GRANT SELECT ({everything}) ON {_TABLE} TO {stranger}")
+    with pytest.raises(SourceRefused, match=f"not lock the table against migrations.*GRANT SELECT ON {_TABLE}"):
+        _preflight(changelog_url, stranger)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ("CACHE 20", "caches 20 values per session"),
+        ("MINVALUE -5", "may give out negative keys"),
         ("CYCLE", "starts again when it is used up"),
         ("INCREMENT BY -1 MINVALUE -100 MAXVALUE 100 START 1", "counts by -1"),
     ],
@@ -230,20 +238,43 @@ def test_restored_rows_above_the_sequence_are_refused_with_the_remedy(changelog_
     _preflight(changelog_url)
 
 
+def test_a_sequence_that_is_owned_but_not_drawn_from_is_not_taken_for_the_one(
+    changelog_url: str, owner: psycopg.Connection[Any]
+) -> None:
+    owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN pk_entity_change_log DROP IDENTITY")
+    owner.execute(f"CREATE SEQUENCE core.other; CREATE SEQUENCE core.keys OWNED BY {_TABLE}.pk_entity_change_log")
+    owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN pk_entity_change_log SET DEFAULT nextval('core.other'::text)")
+    with pytest.raises(SourceRefused, match="exactly one sequence, it has 0"):
+        _preflight(changelog_url)
+
+
+def test_a_part_whose_writers_cannot_be_seen_is_refused(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+    owner.execute("CREATE FOREIGN DATA WRAPPER far; CREATE SERVER away FOREIGN DATA WRAPPER far")
+    owner.execute(f"CREATE FOREIGN TABLE core.elsewhere () INHERITS ({_TABLE}) SERVER away")
+    with pytest.raises(SourceRefused, match="a foreign table, whose writers cannot be seen"):
+        _preflight(changelog_url)
+
+
 def test_a_view_in_place_of_the_table_is_refused(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
     owner.execute(f"ALTER TABLE {_TABLE} RENAME TO base; CREATE VIEW {_TABLE} AS SELECT * FROM core.base")
     with pytest.raises(SourceRefused, match="must be a table"):
         _preflight(changelog_url)
 
 
-def test_the_identity_outlives_a_rewrite_and_not_another_table(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
+def test_the_identity_outlives_a_rewrite_and_neither_keys_that_begin_anew_nor_another_table(
+    changelog_url: str, owner: psycopg.Connection[Any]
+) -> None:
     before = _preflight(changelog_url).identity
     owner.execute(f"VACUUM FULL {_TABLE}")
+    owner.execute("SELECT setval('core.tb_entity_change_log_pk_entity_change_log_seq', 9)")
     assert _preflight(changelog_url).identity == before
+    owner.execute(f"TRUNCATE {_TABLE} RESTART IDENTITY")
+    began_anew = _preflight(changelog_url).identity
+    assert began_anew != before
     owner.execute(
         f"CREATE TABLE core.copy (LIKE {_TABLE} INCLUDING ALL); DROP TABLE {_TABLE} CASCADE; ALTER TABLE core.copy RENAME TO tb_entity_change_log"
     )
-    assert _preflight(changelog_url).identity != before
+    assert _preflight(changelog_url).identity not in {before, began_anew}
 
 
 def test_a_partitioned_log_passes(database: str) -> None:

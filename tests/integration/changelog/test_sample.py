@@ -282,3 +282,11 @@ def test_an_older_contract_gets_no_samples(changelog: ChangeLog, owner: psycopg.
     with pytest.raises(SourceRefused, match="object_id, acting_for is missing or of an older type"):
         write_sample(changelog, 10, end=now)
     assert changelog.count() == 0
+
+
+def test_two_samples_at_once_are_one(changelog_url: str, now: datetime) -> None:
+    with psycopg.connect(changelog_url) as other:
+        other.execute("SELECT pg_advisory_lock(hashtext('fraiseql-pipeline sample is written'))")
+        with pytest.raises(SourceRefused, match="Another sample is being written"):
+            write_sample(ChangeLog(changelog_url, Settings(database_url=changelog_url)), 100, end=now)
+    assert write_sample(ChangeLog(changelog_url, Settings(database_url=changelog_url)), 100, end=now).events == 100
