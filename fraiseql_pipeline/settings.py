@@ -217,6 +217,10 @@ class Settings(BaseSettings):
             raise ValueError("must be a path, or start with file:/// and hold an absolute path")
         if found := re.match(rf"({_STORES}|https?):(?!//)", value):
             raise ValueError(f"must be a path, or start with {found[1]}:// and the bucket")
+        if "://" not in value and re.search(r"[%\\\x00-\x1f\x7f]", value):
+            raise ValueError("must not hold %, a backslash or a control character, which Delta's libraries take for parts of a URL")
+        if value.lower().startswith("file:") and re.search("[#?]", value):
+            raise ValueError("must not hold # or ?, which end the path of a URL; write it as a path")
         return value
 
     @field_validator("lake_options", mode="before")

@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -210,7 +211,8 @@ def check_share(
     """
     rows = accepted_rows + quarantined_rows
     tolerated = TOLERATED_ROWS if max_rejected_share > 0 else 0
-    if quarantined_rows <= max(tolerated, rows * max_rejected_share):
+    # As it is written: 0.29 as a binary fraction is less than 29 of 100.
+    if quarantined_rows <= tolerated or quarantined_rows <= rows * Decimal(repr(max_rejected_share)):
         return
     counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
     raise ValidationHalted(

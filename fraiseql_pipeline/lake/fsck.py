@@ -115,7 +115,7 @@ class _Log:
             remedy = f"{how}; its commit was never acknowledged, run the last materializations again."
         else:
             how = self._how("Replace it by an empty entry (fsck --repair keeps the torn one)", f"Put {_EMPTY_ENTRY} in its place")
-            remedy = f"{how}; then materialize the windows that fsck names."
+            remedy = f"{how}; then materialize the windows that fsck names, and the holes that status shows: one of them was its."
         if self._repaired is not None:
             self._repaired.move_aside(name)
             if not tip:

@@ -91,20 +91,20 @@ def _compact(table: Table, day: str) -> tuple[int, int] | None:
             raise LakeDamaged(
                 f"Compacting {day} of {table.name} would turn {expected} rows into {sum(f.rows for f in new)}; run fsck."
             )
-        if not _commit(table, day, old, new, expected):
-            return None
-        writer.files = []
+        table.storage.rename_in({f.staged: f.path for f in new})
+        writer.files = []  # from here on an entry may name them, whatever is reported of it
     finally:
         writer.abort()
-    return len(old), len(new)
+    return (len(old), len(new)) if _commit(table, day, old, new, expected) else None
 
 
 def _commit(table: Table, day: str, old: list[File], new: list[NewFile], rows: int) -> bool:
-    table.storage.rename_in({f.staged: f.path for f in new})
     for _ in range(ATTEMPTS):
         with table.lock:
             table.refresh()
             present = table.files.get(day, {})
+            if new and all(f.path in present for f in new):
+                return True  # the last try was taken, although a failure was reported
             if any(f.path not in present for f in old):
                 break
             total = sum(_rows(table, f) for f in present.values())
@@ -115,7 +115,9 @@ def _commit(table: Table, day: str, old: list[File], new: list[NewFile], rows: i
                     f"The rows of {day} of {table.name} changed in a compaction; restore the version before it and run fsck."
                 )
             return True
-    for file in new if table.storage.local else []:  # an object store may have taken a commit it reported as failed
+    for file in (
+        new if table.storage.local else []
+    ):  # of an object store nobody knows what it is still about to take; vacuum finds them later
         with suppress(OSError):  # or vacuum finds it later
             table.storage.delete(file.path)
     return False

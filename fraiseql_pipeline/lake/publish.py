@@ -10,8 +10,9 @@ Invariants
     is decided again; after ``ATTEMPTS`` the run fails with ``LakeConflict`` and nothing is changed.
  4. A replacement removes exactly the rows of its window. A file that also holds other rows is rewritten in the same commit. With ``force``
     neither the log nor the files are trusted: both tables are written anew, and files that cannot be read are removed as they are.
- 5. A merge adds rows above the published settled pk only, and counts them onto what is there.
- 6. Equal content of the same source commits nothing, whatever the settled pk: no event lies between the two pks, so the older one still finds
+ 5. While the quarantine has a day that the events do not have yet, no hour of it is published: the run of the day may still go on.
+ 6. A merge adds rows above the published settled pk only, and counts them onto what is there.
+ 7. Equal content of the same source commits nothing, whatever the settled pk: no event lies between the two pks, so the older one still finds
     every late event. It is recorded when a provisional window becomes sealed, and when the source's identity changes.
 """
 
@@ -82,8 +83,14 @@ class Publisher:
     def _attempt(self) -> Commit | None:
         """One try on one state of both tables; ``None`` after a lost race."""
         day = Window.holding(self._window.start, WindowSize.DAY)
-        if self._window != day and self._events.window(day) is not None:
-            raise LakeError(f"{self._window} cannot be published: {day} is published as one window; materialize days here.")
+        if self._window != day:
+            if self._events.window(day) is not None:
+                raise LakeError(f"{self._window} cannot be published: {day} is published as one window; materialize days here.")
+            if self._quarantine.window(day) is not None:
+                raise LakeError(
+                    f"{self._window} cannot be published: a run of {day} as one window is between its two commits, or died there;"
+                    f" materialize {day}."
+                )
         current = self._events.window(self._window)
         if current is not None and self._tried is not None and current.as_json() == self._tried.as_json():
             return current  # the store had taken the last try, although it reported a failure
@@ -127,7 +134,14 @@ class Publisher:
             if staged.lowest_pk is not None and staged.lowest_pk <= current.settled_pk:
                 raise LakeConflict(f"Another run published {self._window} up to a later event meanwhile; merge it again.")
             return None
-        if current is None or current.identity != facts.identity:
+        if current is None:
+            newer = [c.window for c in self._replaced_hours() if c.identity == facts.identity and c.settled_pk > facts.settled_pk]
+            if newer and not self._force:
+                raise LakeConflict(
+                    f"Another run published {newer[0]} up to a later event meanwhile; materialize {self._window} again."
+                )
+            return None
+        if current.identity != facts.identity:
             return None
         if facts.settled_pk < current.settled_pk and not self._force:
             return "skipped"
@@ -145,14 +159,18 @@ class Publisher:
         ) and (held.quarantine_hash if held is not None else "") == staged.quarantine_hash
 
     def _refuse_shrinking(self, current: Commit | None) -> None:
-        if self._append:
-            return
         published = [current] if current is not None else self._replaced_hours()
+        if self._append or self._allow_shrink or not published:
+            return
         before = sum(c.accepted_rows + c.quarantined_rows for c in published)
-        rows = self._staged.accepted_rows + self._staged.quarantined_rows
-        if rows < before and not self._allow_shrink:
+        if all(c.identity == self._facts.identity for c in published):
+            # What has come since does not make up for what is gone.
+            rows = self._staged.count([(*c.window.micros, c.settled_pk) for c in published])
+        else:
+            rows = self._staged.accepted_rows + self._staged.quarantined_rows
+        if rows < before:
             raise WindowShrinks(
-                f"{self._window} would shrink from {before} to {rows} rows and was left as it is;"
+                f"{self._window} was published with {before} rows, of which the source has {rows} left, and was left as it is;"
                 " if the source really dropped old events, allow it (--allow-shrink)."
             )
 
@@ -212,7 +230,7 @@ class Publisher:
             return True, None
         held_hash = held.quarantine_hash if held is not None else ""
         stands = held is not None and (held_hash, held.quarantined_rows) == (commit.quarantine_hash, commit.quarantined_rows)
-        if held is not None and stands and (self._append or not (self._force or self._crowded(commit))):
+        if held is not None and stands and (self._append or not self._force):
             return True, held.table_version
         asked_back = self._force and not self._append
         if held is not None and held.identity == commit.identity and held.settled_pk > commit.settled_pk and not asked_back:
@@ -239,14 +257,6 @@ class Publisher:
         if version is not None:
             table.checkpoint_if_due()
         return version is not None, version
-
-    def _crowded(self, commit: Commit) -> bool:
-        """Whether the log counts other rows of the window than the commit: an hour was published between the two commits of its day."""
-        start, end = self._window.micros
-        files = self._quarantine.files_touching(self._window)
-        if any(f.rows is None or not f.within(start, end) for f in files):
-            return False  # compacted with others: nobody can tell without reading
-        return sum(f.rows or 0 for f in files) != commit.quarantined_rows
 
 
 def _chained(before: str, added: str) -> str:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeError
 from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
@@ -127,6 +128,19 @@ class Staged:
             storage.rename_in({f.staged: f.path for f in writer.files})
             self._renamed.add(id(writer))
         return writer.files
+
+    def count(self, spans: Sequence[tuple[int, int, int]]) -> int:
+        """How many of the rows, of both halves, lie in a span: [start, end) in microseconds, up to a pk. Reads the closed files."""
+        found = 0
+        for storage, writer in ((self._events, self._accepted), (self._quarantine, self._rejected)):
+            for file in writer.files:
+                with pq.ParquetFile(storage.open(file.path if id(writer) in self._renamed else file.staged)) as source:
+                    for batch in source.iter_batches(columns=["timestamp", "pk"]):
+                        at, pk = batch["timestamp"].view(pa.int64()), batch["pk"]
+                        for start, end, upto in spans:
+                            within = pc.and_(pc.and_(pc.greater_equal(at, start), pc.less(at, end)), pc.less_equal(pk, upto))
+                            found += pc.sum(within, min_count=0).as_py()
+        return found
 
     @property
     def bytes(self) -> int:

@@ -59,6 +59,10 @@ def storage_for(uri: str, options: Mapping[str, str]) -> LocalStorage | ObjectSt
     return ObjectStorage(uri, options)
 
 
+#: What no further attempt changes: the path of the lake leads through a file, or it is on a file system that takes no writes.
+_FOR_GOOD = frozenset({errno.ENOTDIR, errno.EROFS})
+
+
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
     """Turn the operating system's and delta-rs's I/O errors into one sentence without a path."""
@@ -66,6 +70,8 @@ def storage_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else _first_line(error)
+        if error.errno in _FOR_GOOD:
+            raise LakeError(f"The lake failed while {doing}: {reason}; check the directory in FRAISEQL_LAKE_URI.") from None
         hint = "free some space and run it again" if error.errno == errno.ENOSPC else "check the storage and run it again"
         raise LakeUnavailable(f"The lake's storage failed while {doing}: {reason}; {hint}.") from None
     except DeltaError as error:

@@ -185,6 +185,11 @@ def test_white_space_is_no_value_wherever_it_stands(tmp_path: Path, monkeypatch:
         Settings.load()
 
 
+@pytest.mark.parametrize("uri", ["lake%20of/events", "lake\\events", "lake\nevents", "file:///lake#1", "file:///lake?1"])
+def test_a_path_that_is_read_in_two_ways_is_refused(uri: str) -> None:
+    assert "FRAISEQL_LAKE_URI must not hold" in refusal(lake_uri=uri)
+
+
 @pytest.mark.parametrize("uri", ["s3://bucket/lake", "./lake", "/data/2026-11-01T10:00/lake", "file:///lake", "s3/lake"])
 def test_a_lake_is_a_path_or_a_store(uri: str) -> None:
     assert Settings.load(lake_uri=uri).lake_uri == uri

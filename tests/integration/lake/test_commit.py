@@ -13,7 +13,7 @@ from deltalake import DeltaTable
 from fraiseql_pipeline.errors import LakeConflict, LakeDamaged, LakeError, WindowShrinks
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.lake.storage import LocalStorage
-from fraiseql_pipeline.window import Window
+from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.events import lake_events
 from tests.support.lakes import PK, assert_plain_protocol, content, publish, quarantine_events, rejected
 
@@ -135,11 +135,37 @@ def test_a_row_that_became_sound_leaves_the_quarantine(lake: Lake) -> None:
 def test_a_shrinking_window_is_refused_unless_allowed(lake: Lake) -> None:
     publish(lake, HOUR, 300, 10)
     before = versions(lake)
-    with pytest.raises(WindowShrinks, match="from 310 to 309"):
+    with pytest.raises(WindowShrinks, match="published with 310 rows, of which the source has 309 left"):
         publish(lake, HOUR, 305, 4)
     assert versions(lake) == before
     assert publish(lake, HOUR, 305, 4, allow_shrink=True).outcome == "replaced"
     assert content(lake, HOUR).num_rows == 305
+
+
+def test_a_day_does_not_take_back_what_one_of_its_hours_has_of_a_later_settlement(lake: Lake) -> None:
+    publish(lake, HOUR, 10, settled_pk=PK + 1)
+    day = Window.holding(HOUR.start, WindowSize.DAY)
+    with pytest.raises(LakeConflict, match=f"{HOUR} up to a later event"):
+        publish(lake, day, lake_events(HOUR, 10))
+    assert list(lake.published()) == [HOUR]
+
+
+def test_hours_wait_for_a_day_whose_run_died_between_its_commits(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(lake, HOUR, 10, 2)
+    day = Window.holding(HOUR.start, WindowSize.DAY)
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(lake.events, "commit", dies)
+        publish(lake, day, lake_events(HOUR, 10), quarantine_events(day, 2), allow_shrink=True)
+    for again in (HOUR, NEXT):
+        with pytest.raises(LakeError, match=f"materialize {day}"):
+            publish(Lake(lake.uri), again, 10, 2)
+    done = publish(Lake(lake.uri), day, lake_events(HOUR, 10), quarantine_events(day, 2), allow_shrink=True)
+    assert done.outcome == "published"
+    assert lake.fsck() == []
 
 
 def test_rows_that_do_not_add_up_are_refused(lake: Lake) -> None:
@@ -229,10 +255,10 @@ def test_late_events_are_not_merged_onto_what_a_run_left_that_died_between_its_t
     dying = Lake(lake.uri)
     monkeypatch.setattr(dying.events, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        publish(dying, HOUR, 49, 3, settled_pk=11)
+        publish(dying, HOUR, 49, 3, settled_pk=11, allow_shrink=True)
     with pytest.raises(LakeError, match="materialize the window before late events are merged"):
         publish(lake, HOUR, 0, 1, settled_pk=12, append=True)
-    publish(lake, HOUR, 49, 3, settled_pk=12)
+    publish(lake, HOUR, 49, 3, settled_pk=12, allow_shrink=True)
     assert lake.fsck() == []
 
 
@@ -255,9 +281,9 @@ def test_a_day_replaces_its_hours_and_then_refuses_them(lake: Lake) -> None:
     publish(lake, NEXT, 200, 2)
     other = Window.parse("2026-11-02-00:00")
     publish(lake, other, 10)
-    with pytest.raises(WindowShrinks, match="from 505 to 100"):
+    with pytest.raises(WindowShrinks, match="published with 505 rows"):
         publish(lake, DAY, 100)
-    commit = publish(lake, DAY, 600, 5)
+    commit = publish(lake, DAY, 600, 5, allow_shrink=True)
 
     assert list(Lake(lake.uri).published()) == [DAY, other]
     assert commit.outcome == "published"

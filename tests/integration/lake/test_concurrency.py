@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
+from fraiseql_pipeline.errors import LakeError
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.lake import publish as publishing
 from fraiseql_pipeline.window import Window
@@ -115,15 +116,17 @@ def test_a_writer_that_loses_a_race_decides_again(lake: Lake, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_day_that_one_of_its_hours_overtook_quarantines_each_row_once(
+def test_an_hour_gives_way_to_its_day_whose_run_is_between_its_commits(
     lake: Lake, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
     day, commit, races = Window.parse("2026-11-01"), lake.events.commit, []
     publish(lake, Window.parse("2026-10-30"), 5)
 
     def beaten(*args: object, **options: object) -> object:
-        if not races:  # an hourly run between the two commits of the day
-            races.append(publish(Lake(lake.uri), HOUR, 100, 3))
+        if not races:
+            with pytest.raises(LakeError, match=f"a run of {day} as one window is between its two commits") as raised:
+                publish(Lake(lake.uri), HOUR, 100, 3)
+            races.append(raised)
         return commit(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lake.events, "commit", beaten)

@@ -86,6 +86,18 @@ def test_a_compaction_gives_way_to_a_replacement(filled: Lake, monkeypatch: pyte
     assert content(filled, HOURS[0]).equals(lake_events(HOURS[0], 400, 8))
 
 
+def test_a_compaction_whose_commit_was_taken_and_reported_as_lost_is_done(filled: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = filled.events.commit
+
+    def unanswered(*args: object, **options: object) -> None:
+        commit(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(filled.events, "commit", unanswered)
+    assert "events 2026-11-01" in filled.maintain(NOW).compacted_days
+    assert [content(filled, h).num_rows for h in HOURS] == [300] * len(HOURS)
+    assert filled.fsck() == []
+
+
 def test_only_what_is_older_than_the_retention_is_deleted(filled: Lake) -> None:
     publish(filled, HOURS[0], lake_events(HOURS[0], 310, 4))
     day = Path(filled.events_uri, "event_date=2026-11-01")

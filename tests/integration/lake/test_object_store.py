@@ -119,6 +119,21 @@ def test_checkpoints_and_maintenance_change_no_row(lake: Lake) -> None:
     assert lake.fsck() == []
 
 
+def test_a_compaction_whose_commit_was_taken_and_reported_as_lost_deletes_nothing(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hour in HOURS:
+        publish(lake, hour, 30)
+    commit = lake.events.commit
+
+    def unanswered(*args: object, **options: object) -> None:
+        commit(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lake.events, "commit", unanswered)
+    assert lake.maintain(HOUR.end + timedelta(days=10)).compacted_days == ("events 2026-11-01",)
+    assert [content(lake, hour).num_rows for hour in HOURS] == [30] * len(HOURS)
+
+
 def test_what_fsck_says_of_an_object_store_can_be_done_there(lake: Lake, store: str) -> None:
     for hour in HOURS:
         publish(lake, hour, 20, 1)
