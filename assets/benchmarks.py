@@ -15,7 +15,7 @@ from fraiseql_pipeline.benchmark import comparison
 from fraiseql_pipeline.benchmark.report import Report
 from fraiseql_pipeline.changelog import scratch_changelog, write_sample
 
-from .failures import failure
+from .failures import STOPPED, failure
 from .resources import FraiseQL
 
 BENCHMARKS = dg.AssetKey(["fraiseql", "benchmarks"])
@@ -52,7 +52,7 @@ def build_benchmarks() -> dg.AssetsDefinition:
     def benchmarks(context: dg.AssetExecutionContext, config: Measuring, fraiseql: FraiseQL) -> dg.MaterializeResult:  # type: ignore[type-arg]  # Dagster reads it
         try:
             reports = dict(_measure(fraiseql, config, context.log.info))
-        except Exception as error:  # noqa: BLE001 - translated, never swallowed
+        except (Exception, *STOPPED) as error:  # noqa: BLE001 - translated, never swallowed
             raise failure(error) from None
         return dg.MaterializeResult(
             metadata={"events": config.events}

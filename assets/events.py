@@ -30,7 +30,7 @@ from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
 
 from . import checks, partitions, readback, report
-from .failures import RETRIES, failure
+from .failures import RETRIES, STOPPED, failure
 from .report import CHANGE_LOG, EVENTS, QUARANTINE
 from .resources import Flight, FraiseQL
 
@@ -75,7 +75,7 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
             with fraiseql.changelog() as changelog:
                 publish(asked, config, fraiseql.settings(), changelog, fraiseql.lake(), context.run.run_id, on_window)
             shown = describe(done, fraiseql, flight, context.log.warning)
-        except Exception as error:  # noqa: BLE001 - whatever ended the run, what it published before is told first
+        except (Exception, *STOPPED) as error:  # noqa: BLE001 - whatever ended the run, what it published before is told first
             with suppress(Exception):  # the first error is the one to tell
                 yield from partly_published(context, describe_anyhow(done, fraiseql, flight, context.log.warning), error)
             raise failure(error) from None
@@ -230,7 +230,7 @@ def published(context: dg.AssetExecutionContext, shown: Sequence[Shown]) -> Iter
         yield dg.Output(None, checks.output_name(check.name))
 
 
-def partly_published(context: dg.AssetExecutionContext, shown: Sequence[Shown], error: Exception) -> Iterator[Any]:
+def partly_published(context: dg.AssetExecutionContext, shown: Sequence[Shown], error: BaseException) -> Iterator[Any]:
     """The events of a run that failed after some of its windows; of a halted window, the check that tells why."""
     for one in shown:
         yield dg.AssetMaterialization(EVENTS, partition=one.window.key, metadata=one.events)

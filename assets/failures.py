@@ -3,7 +3,7 @@
 What lives here: ``failure``. What must not: a second opinion on what may be retried; ``errors.py`` says so.
 
 Invariants
- 1. Only an error that calls itself retryable is retried; everything else, a defect included, ends the run at once.
+ 1. Only an error that calls itself retryable is retried; everything else, a defect and somebody who stops the run included, ends it at once.
  2. A failure shows the error's own sentence. Of an error that is not ours only its type and place are shown: its message may hold
     a value out of an event.
 """
@@ -14,12 +14,19 @@ import dagster as dg
 
 from fraiseql_pipeline.errors import PipelineError, SettleTimeout, WindowMissing
 
-#: Three more attempts, 5 s, 10 s and 20 s apart (± jitter): long enough for a failover or a busy store, short enough to be told about.
+#: Three more attempts, after 5, 15 and 35 s (± jitter): long enough for a failover or a busy store, short enough to be told about.
 RETRIES = dg.RetryPolicy(max_retries=3, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 
 
-def failure(error: Exception) -> dg.Failure:
+#: How a step is told to stop: by a signal, or by somebody who terminates the run. No ``Exception``, and a step with a policy for retries
+#: that let it through would be retried.
+STOPPED = (KeyboardInterrupt, dg.DagsterExecutionInterruptedError)
+
+
+def failure(error: BaseException) -> dg.Failure:
     """What a step raises in place of ``error``, with ``from None``."""
+    if isinstance(error, STOPPED):
+        return dg.Failure("The run was stopped; what it had done until then stands.", allow_retries=False)
     if isinstance(error, PipelineError):
         return dg.Failure(str(error), metadata=_details(error), allow_retries=error.retryable)
     frames = "".join(traceback.format_tb(error.__traceback__))

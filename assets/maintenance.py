@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from .failures import RETRIES, failure
+from .failures import RETRIES, STOPPED, failure
 from .resources import FraiseQL
 
 
@@ -21,7 +21,7 @@ def build_maintain() -> dg.ScheduleDefinition:
         """Compacts days that ended two days ago, deletes what has not been needed for seven."""
         try:
             done = fraiseql.lake().maintain(datetime.now(UTC))
-        except Exception as error:  # noqa: BLE001 - translated, never swallowed
+        except (Exception, *STOPPED) as error:  # noqa: BLE001 - translated, never swallowed
             raise failure(error) from None
         context.add_output_metadata(
             {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in asdict(done).items()}

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from fraiseql_pipeline.changelog import ChangeLog
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, tile
 
@@ -42,34 +42,46 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Looked:
+    """How far late events were looked for: every event of the log ``identity`` up to ``pk`` was settled, hence visible, then. It holds for
+    the windows of ``table_version``: one that was published since may be settled to less.
+    """
+
+    pk: int = 0
+    table_version: int = -1
+    identity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """What a look tells the next one. Losing it costs one wider look and restarts the waits.
 
-    ``looked_pk``: every event up to it was settled, hence visible, when late ones were last looked for. ``asked``: by window.
+    ``looked``: how far it went. ``asked``: by window.
     """
 
-    looked_pk: int = 0
+    looked: Looked = field(default_factory=Looked)
     asked: Mapping[Window, Asked] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str | None) -> "Memory":
-        kept: dict[str, Any] = json.loads(text) if text else {"looked_pk": 0, "asked": {}}
+        kept: dict[str, Any] = json.loads(text) if text else {}
         asked = {
-            Window.parse(key): Asked(cause, times, datetime.fromisoformat(at)) for key, (cause, times, at) in kept["asked"].items()
+            Window.parse(key): Asked(cause, times, datetime.fromisoformat(at))
+            for key, (cause, times, at) in kept.get("asked", {}).items()
         }
-        return cls(kept["looked_pk"], asked)
+        return cls(Looked(*kept.get("looked", ())), asked)
 
     def dump(self) -> str:
         asked = {window.key: (one.cause, one.times, one.until.isoformat()) for window, one in self.asked.items()}
-        return json.dumps({"looked_pk": self.looked_pk, "asked": asked})
+        return json.dumps({"looked": (self.looked.pk, self.looked.table_version, self.looked.identity), "asked": asked})
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Why windows need a run, and up to which key late events have now been looked for."""
+    """Why windows need a run, and how far late events have now been looked for."""
 
     causes: Mapping[Window, str]
-    looked_pk: int
+    looked: Looked
 
 
 def look(settings: Settings, changelog: ChangeLog, lake: Lake, memory: Memory, now: datetime) -> Needs:
@@ -83,12 +95,27 @@ def look(settings: Settings, changelog: ChangeLog, lake: Lake, memory: Memory, n
     first = max(settings.start, now - LOOK_BACK)
     recent = [window for window in tile(first, now, settings.window) if window.end + GRACE <= now]
     causes = {window: "missing" for window in recent if not {window, Window.holding(window.start, WindowSize.DAY)} & settled.keys()}
-    near = {window: pk for window, pk in settled.items() if window.end > first or window in memory.asked}
+    looked = _looked(published)
+    before = memory.looked
+    known = before if before.identity == looked.identity and before.table_version <= looked.table_version else Looked()
+    near = {
+        window: commit.settled_pk
+        for window, commit in published.items()
+        if window.end > first or window in memory.asked or commit.table_version > known.table_version
+    }
     far = {window: pk for window, pk in settled.items() if window not in near}
-    late = (*(changelog.late(near) if near else ()), *(changelog.late(far, after_pk=memory.looked_pk) if far else ()))
+    late = (*(changelog.late(near) if near else ()), *(changelog.late(far, after_pk=known.pk) if far else ()))
     # The database's clock says when a window has ended and may be published, this one when it may be asked for.
     causes |= {found.window: f"late, settled to {settled[found.window]}" for found in late if found.window.end <= now}
-    return Needs(causes, max(settled.values(), default=0))
+    return Needs(causes, looked)
+
+
+def _looked(published: Mapping[Window, Commit]) -> Looked:
+    if not published:
+        return Looked()
+    newest = max(published.values(), key=lambda commit: commit.table_version)
+    pks = (commit.settled_pk for commit in published.values() if commit.identity == newest.identity)
+    return Looked(max(pks), newest.table_version, newest.identity)
 
 
 def due(needs: Needs, memory: Memory, in_flight: Collection[Window], now: datetime) -> list[Window]:
@@ -110,7 +137,7 @@ def remember(needs: Needs, memory: Memory, asked: Collection[Window], now: datet
         times = kept[window].times + 1 if window in kept else 1
         kept[window] = Asked(needs.causes[window], times, now + _FIRST_WAIT * 2 ** min(times - 1, 20))
     unasked = {window: Asked(cause, 0, now) for window, cause in needs.causes.items() if window not in kept}
-    return Memory(needs.looked_pk, kept | unasked)
+    return Memory(needs.looked, kept | unasked)
 
 
 def spans(needs: Needs, memory: Memory, windows: Sequence[Window], longest: int) -> Iterator[list[Window]]:

@@ -98,6 +98,26 @@ def test_a_published_window_is_left_alone_until_an_event_comes_late(ticker: Tick
     assert ticker.location.lake.published()[DAY[3]].accepted_rows == 3
 
 
+def test_a_window_that_is_published_by_an_older_settlement_than_the_last_look_is_looked_at_from_there(
+    ticker: Ticker, changelog_url: str
+) -> None:
+    settings = Settings.load()
+    for window in DAY:
+        write(changelog_url, window, 2)
+    with open_changelog(settings) as changelog:
+        settlement = changelog.settle()
+        write(changelog_url, DAY[0], 1)  # late for whoever settled before
+        ticker.location.run(*DAY[1:])
+        Clock.at += timedelta(days=60)
+        ticker.tick()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(changelog, "settle", lambda *_: settlement)
+            patched.setattr(pipeline, "check_same_source", lambda *_: None)
+            pipeline.materialize([DAY[0]], settings=settings, changelog=changelog, lake=ticker.location.lake)
+    assert ticker.location.lake.published()[DAY[0]].accepted_rows == 2
+    assert ("02:00", "02:00") in ticker.tick()
+
+
 def test_a_late_event_reaches_a_window_of_any_age(ticker: Ticker, changelog_url: str) -> None:
     for window in DAY:
         write(changelog_url, window, 2)
@@ -199,7 +219,7 @@ def test_runs_of_others_do_not_hold_windows(ticker: Ticker) -> None:
 
 
 def test_the_cursor_survives_its_text() -> None:
-    memory = needs.Memory(17, {DAY[0]: needs.Asked("missing", 3, NOON)})
+    memory = needs.Memory(needs.Looked(17, 4, "log"), {DAY[0]: needs.Asked("missing", 3, NOON)})
     assert needs.Memory.parse(memory.dump()) == memory
     assert needs.Memory.parse(None) == needs.Memory()
 

@@ -48,6 +48,25 @@ def test_only_what_calls_itself_retryable_is_tried_again(
     assert "hunter2" not in repr([record.event_log_entry for record in location.instance.get_records_for_run(run.run_id).records])
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, dg.DagsterExecutionInterruptedError])
+def test_a_run_that_is_stopped_is_not_tried_again_and_tells_what_it_has_published(
+    location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
+    write(changelog_url, MORNING[0], 10)
+    materialize = events.pipeline.materialize
+
+    def stopped(windows: Any, **options: Any) -> None:
+        materialize(windows[:1], **options)
+        raise interrupt
+
+    monkeypatch.setattr(events.pipeline, "materialize", stopped)
+    run = location.run(*MORNING)
+    assert not run.success
+    assert _attempts(run) == 1
+    assert "was stopped" in _message(run)
+    assert location.metadata()[MORNING[0].key]["dagster/partition_row_count"] == 10
+
+
 @pytest.mark.parametrize("other", [{"FRAISEQL_WINDOW": "day"}, {"FRAISEQL_START": "2026-11-20T07:00:00"}])
 def test_a_run_that_is_configured_for_other_windows_than_its_partitions_publishes_nothing(
     location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
