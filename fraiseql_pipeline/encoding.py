@@ -166,7 +166,7 @@ def dictionary_fits(column: str, values: pa.Array) -> bool:
 
 
 def to_wire(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The columns of ``schema`` out of a batch of the lake, ``timestamp`` in nanoseconds. Raises ``pa.ArrowInvalid`` out of range.
+    """The columns of ``schema`` out of a batch of the lake, ``timestamp`` in nanoseconds. Raises ``TicketError`` out of range.
 
     Columns of the batch may be dictionaries; where ``schema`` wants one, its values are those of the batch. Raises ``LakeDamaged`` for a
     value that the compact profile cannot hold: an id that is no UUID, which another writer has put into the lake.
@@ -190,7 +190,13 @@ def _converted(array: pa.Array, field: pa.Field) -> pa.Array:
         if array.null_count or len(malformed_ids(array)):
             raise _unfit(field.name, "has a value that is no UUID, which is none of")
         return pa.FixedSizeBinaryArray.from_buffers(UUID, len(array), [None, pa.py_buffer(_uuid_bytes(array))])
-    return pc.cast(array, field.type)
+    try:
+        return pc.cast(array, field.type)
+    except pa.ArrowInvalid:
+        raise TicketError(
+            "An event lies outside 1677-09-22 to 2262-04-11, the times that nanoseconds can hold; ask for a range inside, or for columns "
+            "without timestamp."
+        ) from None
 
 
 def _unfit(column: str, why: str) -> LakeDamaged:

@@ -45,6 +45,9 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: … and that the process has too many files open, which says nothing of the file.
 _TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
 
+#: Entries that are kept, whatever their size: one takes 3.2 KB of memory beside its file, and anybody who reads can ask in ever new ways.
+MAX_ENTRIES = 16_384
+
 #: What the end waits for threads that fill entries: one message takes milliseconds, but a storage may take its time.
 _CLOSE_SECONDS = 2.0
 
@@ -308,7 +311,7 @@ class FrameStore:
         if entry._readers == 0:
             os.close(entry._file)
             entry._file = -1
-        while self._bytes > self._max_bytes and self._evict():
+        while (self._bytes > self._max_bytes or len(self._entries) > MAX_ENTRIES) and self._evict():
             pass
 
     def _is_there(self, entry: Entry) -> bool:

@@ -85,6 +85,8 @@ class Live:
         self._moved = threading.Condition()
         #: A key that a commit of the lake proves to be settled.
         self._proved_pk = 0
+        #: When the buffer had last moved as a reader waited for it in vain.
+        self._given_up_at: datetime | None = None
         #: Whether a reader found that the lake is published from another log now.
         self._is_of_another = False
         self._filling = threading.Lock()
@@ -224,7 +226,7 @@ class Live:
         newest = self._lake.newest()
         if newest is not None and newest.identity != identity:
             raise SourceRefused(
-                "The change log is not the one the lake was published from (another cluster, timeline or table); check FRAISEQL_DATABASE_URL."
+                "The change log is not the one the lake was published from (another cluster, timeline or table, or its keys began anew); check FRAISEQL_DATABASE_URL."
             )
 
     # ------------------------------------------------------------------------------------------------------------ viewing
@@ -246,8 +248,10 @@ class Live:
                 self._is_of_another = True
                 _needs_no_log(ticket)
                 return None
+            if not self._catch_up(base, ticket):
+                _needs_no_log(ticket)
+                return None
             floors = self._floors(changelog, base, ticket)
-            self._catch_up(base, ticket)
             with self.buffer.wanted(floors):
                 for hour, floor in floors.items():
                     self._fill(changelog, hour, floor)
@@ -259,16 +263,24 @@ class Live:
                     return self._joined(base, ticket, floors, held, settled_pk, at)
         raise FlightUnavailable("The lake changes faster than it can be read; try again in a moment.")
 
-    def _catch_up(self, base: View | None, ticket: Ticket) -> None:
-        """Wait until the buffer is as far as the lake is in the range: what a view holds must end at one key."""
+    def _catch_up(self, base: View | None, ticket: Ticket) -> bool:
+        """Wait until the buffer is as far as the lake is in the range: what a view holds must end at one key. False if that takes too long: then
+        the lake alone answers, at once as long as nothing more comes from a database that has gone silent.
+        """
         if base is None:
-            return
+            return True
         needed = base.settled_pk_within(to_micros(ticket.start), to_micros(ticket.end))
-        if needed > self.buffer.settled_pk:
-            with self._waits(), self._moved:
-                self._proved_pk = max(self._proved_pk, needed)
-                if not self._moved.wait_for(lambda: self.buffer.settled_pk >= needed, _CATCH_UP_SECONDS):
-                    raise FlightUnavailable("The change log cannot be followed fast enough right now; try again in a moment.")
+        if needed <= self.buffer.settled_pk:
+            return True
+        if self._given_up_at == self.buffer.settled_at:
+            return False
+        with self._waits(), self._moved:
+            self._proved_pk = max(self._proved_pk, needed)
+            if self._moved.wait_for(lambda: self.buffer.settled_pk >= needed, _CATCH_UP_SECONDS):
+                return True
+            self._given_up_at = self.buffer.settled_at
+            _log.warning("the change log is silent or far behind the lake; what is published is served from the lake meanwhile")
+            return False
 
     def _joined(
         self, base: View | None, ticket: Ticket, floors: dict[int, int], held: list[Held], settled_pk: int, at: datetime

@@ -23,7 +23,7 @@ from types import TracebackType
 import grpc
 
 from fraiseql_pipeline.changelog import ChangeLog
-from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.errors import FlightUnavailable, SettingsError
 from fraiseql_pipeline.flight import protocol, tls
 from fraiseql_pipeline.flight.actions import Actions, health
 from fraiseql_pipeline.flight.audit import AuditLog
@@ -58,6 +58,8 @@ _OPTIONS = (
     # Clients that keep their connection warm are welcome; gRPC's default cuts those that ping more often than every 5 minutes.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Who is connected and asks for nothing holds a file of the process; a client that asks again connects again by itself.
+    ("grpc.max_connection_idle_ms", 120_000),
 )
 
 
@@ -78,6 +80,13 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
     audit = AuditLog(settings.arrow_flight_audit_log)
     chosen = lake or Lake.of(settings)
     service = FlightService(settings, chosen)
+    try:
+        service.store.directory()
+    except FlightUnavailable:
+        audit.close()
+        raise SettingsError(
+            "The Flight server cannot write into its cache directory; set FRAISEQL_ARROW_FLIGHT_CACHE_DIR to one that it may write, with room."
+        ) from None
     metrics.watch(service.store.figures)
     if service.live is not None:
         service.live.tell = metrics.live

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -46,6 +47,8 @@ _log = logging.getLogger(__name__)
 #: A worker that lived shorter is not restarted at once.
 _YOUNG_SECONDS = 10.0
 _MAX_PAUSE_SECONDS = 30.0
+#: Files, of which every connection is one.
+_MANY_FILES = 65_536
 _START_SECONDS = 60.0
 #: How long after its drain a worker may take to end before it is killed.
 _SPARE_SECONDS = 5.0
@@ -73,6 +76,7 @@ def run(settings: Settings, *, insecure: bool = False, started: Callable[[Starte
 
     Raises ``SettingsError`` when anything cannot start.
     """
+    _allow_many_files()
     if settings.arrow_flight_workers > 1:
         _supervise(settings, insecure, started)
         return
@@ -84,6 +88,14 @@ def run(settings: Settings, *, insecure: bool = False, started: Callable[[Starte
         metrics = _shown(stack, settings, (server.metrics.registry, registry), lambda: not server.draining and lake.ready())
         started(Started(server.url, metrics))
         server.run_until_signal()
+
+
+def _allow_many_files() -> None:
+    """As many as the system lets this process open: each connection is one, and the default of 1,024 is soon reached. Workers inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _shown(stack: ExitStack, settings: Settings, registries: Any, ready: Callable[[], bool]) -> str | None:

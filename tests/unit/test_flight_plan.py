@@ -70,6 +70,15 @@ def test_a_hole_is_every_unpublished_window_of_the_range_before_the_newest_publi
     assert planned(published(*hours), begin, end, allow_missing=True).missing_windows == len(holes)
 
 
+def test_times_beyond_nanoseconds_are_told_of_to_whom_every_tenant_is_open() -> None:
+    old = Window(datetime(1500, 1, 1, tzinfo=UTC), WindowSize.HOUR)
+    ticket = Ticket(start=old.start, end=hour(1).end, allow_missing=True)
+    both = Snapshot(10**6, (), {old: commit(old), hour(0): commit(hour(0))}, None)
+    with pytest.raises(TicketError, match="lies outside"):
+        plan(ticket, both, first=None, size=WindowSize.HOUR)
+    assert plan(ticket, both, first=None, size=WindowSize.HOUR, org_id="a tenant that has no event there").rows is None
+
+
 def test_a_message_about_many_holes_names_a_few_and_counts_the_rest() -> None:
     with pytest.raises(WindowMissing, match=r"has 9999 window\(s\).*2026-11-01-03:00 and 9996 more;"):
         planned(published(0, 10_000), START, hour(20_000).end)

@@ -96,6 +96,13 @@ def test_what_is_kept_stays_within_the_bound_and_the_last_used_stays(store: Fram
     assert store.size_of(1) is None
 
 
+def test_there_are_no_more_entries_than_the_memory_is_meant_for(store: FrameStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ENTRIES", 3)
+    for key in range(5):
+        drained(store, key, b"x")
+    assert [store.size_of(key) for key in range(5)] == [None, None, 1, 1, 1]
+
+
 def test_a_bound_of_nothing_keeps_nothing(tmp_path: Path) -> None:
     with FrameStore(0, tmp_path) as store:
         assert drained(store, "a", b"one") == [b"one"]

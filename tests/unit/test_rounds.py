@@ -102,7 +102,7 @@ def test_times_cut_through_a_round() -> None:
 
 
 def test_rounds_follow_each_other_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROUNDS_BYTES", 3 * batch(10).nbytes)
+    monkeypatch.setattr(module, "ROUNDS_BYTES", 3 * module._LEAST_BATCH_BYTES)
     rounds = Rounds()
     rounds.begin(7)
     assert rounds.above(7, 0) == ([], 7)
@@ -117,8 +117,19 @@ def test_rounds_follow_each_other_and_the_oldest_go_first(monkeypatch: pytest.Mo
     assert rounds.above(30, 0) == ([], 35)
 
 
+def test_rounds_of_few_events_are_counted_by_what_they_take() -> None:
+    rounds = Rounds()
+    rounds.begin(0)
+    many = module.ROUNDS_BYTES // (27 << 10) + 1  # what a batch of one event was measured to take
+    for upto in range(1, many + 1):
+        rounds.add(upto - 1, upto, [batch(1)])
+    assert rounds.above(0, 0) is None
+    assert sum(one.bytes for one in rounds._rounds) <= module.ROUNDS_BYTES
+
+
 def test_messages_that_were_made_for_followers_count_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROUNDS_BYTES", 10 * batch(10).nbytes)
+    monkeypatch.setattr(module, "_LEAST_BATCH_BYTES", 0)
     rounds, plain = Rounds(), Encoding("plain", "none")
     rounds.begin(0)
     for upto in range(10, 90, 10):

@@ -16,9 +16,10 @@ import pytest
 from pyarrow import flight
 
 from fraiseql_pipeline import connect, pipeline
-from fraiseql_pipeline.changelog import ChangeLog
+from fraiseql_pipeline.changelog import ChangeLog, open_changelog
 from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import follow as following_module
+from fraiseql_pipeline.flight import live as live_module
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -27,6 +28,7 @@ from tests.end_to_end.test_completeness import FastClock, publish
 from tests.integration.flight.conftest import publish as publish_from_elsewhere
 from tests.support.events import lake_events
 from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, eventually, followed
+from tests.support.proxy import proxied
 from tests.support.reading import execute, insert
 from tests.support.writers import Writers
 
@@ -219,6 +221,23 @@ def test_without_its_database_the_server_serves_the_lake_and_says_so(live: Follo
     written = live.write(datetime.now(UTC))
     live.reaches(written[-1])
     assert live.keys()[-1] == written[-1], "it found its way back"
+
+
+def test_what_is_published_is_served_while_the_database_is_silent(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "_CATCH_UP_SECONDS", 0.5)
+    with proxied(changelog_url) as (proxy, through), followed(through, lake, start_server) as live:
+        proxy.freeze()
+        written = [insert(changelog_url, created_at=LAST)]
+        with open_changelog(settings := live.settings.model_copy(update={"database_url": changelog_url})) as direct:
+            pipeline.materialize([Window(LAST, WindowSize.HOUR)], settings=settings, changelog=direct, lake=live.lake)
+        assert live.keys(start=LAST, end=LAST + HOUR) == written
+        monkeypatch.setattr(live_module, "_CATCH_UP_SECONDS", 60.0)
+        assert live.keys(start=LAST, end=LAST + HOUR) == written, "nobody waits again"
+        proxy.cut()
+        live.reaches(written[-1])
+        assert live.keys(start=LAST) == written
 
 
 # --------------------------------------------------------------------------------------------------------------- follow

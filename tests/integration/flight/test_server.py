@@ -137,6 +137,12 @@ def test_loopback_is_served_and_a_free_port_is_told(lake: Lake, bind: str) -> No
         assert list(client.list_flights()) == []
 
 
+def test_a_cache_directory_that_takes_no_file_is_said_before_anybody_is_served(lake: Lake, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SettingsError, match="FRAISEQL_ARROW_FLIGHT_CACHE_DIR"):
+        serve(Settings(arrow_flight_bind="127.0.0.1:0", arrow_flight_cache_dir=str(tmp_path / "file" / "cache")), lake=lake)
+
+
 def test_a_port_is_not_shared_with_another_server(lake: Lake) -> None:
     with serve(Settings(arrow_flight_bind="127.0.0.1:0"), lake=lake) as server:
         with pytest.raises(SettingsError, match="another process holds the port"):

@@ -195,6 +195,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"user_id": {5: "ada", 6: "eve"}, "data": {5: "?"}},
         "2 of the 50 events of a batch are refused, so none of it was taken: user_id:not_a_bigint 2, data:no_json 1.",
     ),
+    "a payload that is too large": ({"data": {5: f'"{"x" * (4 << 20)}"'}}, "data:too_large 1."),
+    "a payload that would be too large in print": ({"data": {5: f"[{','.join(['1e131000'] * 40)}]"}}, "data:no_json 1."),
     "a number beyond jsonb": ({"data": {5: "1e200000"}}, "Postgres does not take a value of the batch (SQLSTATE 22003)"),
     "a payload too deep": ({"data": {5: "[" * 900 + "]" * 900, 6: "[" * 90_000 + "]" * 90_000}}, "data:no_json 1."),
 }  # fmt: skip
