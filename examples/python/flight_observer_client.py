@@ -13,6 +13,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
+import pyarrow as pa
 from pyarrow import flight
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     try:
         reader = client.do_get(flight.Ticket(f"events:{chosen.entity_type}:{start}:{end}:10000"))
         events = pl.from_arrow(reader.read_all())
-    except flight.FlightError as refused:
+    except (flight.FlightError, pa.ArrowException) as refused:
         sys.exit(str(refused))
 
     print(f"Received {len(events)} events")

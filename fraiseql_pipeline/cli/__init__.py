@@ -9,6 +9,7 @@ Exit codes: 0 done · 1 a defect or an interrupted run · 2 a wrong argument or 
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -98,6 +99,9 @@ def main(ctx: click.Context, config: Path | None, as_json: bool) -> None:
     """
     import pyarrow as pa
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows what it can
     # One allocator for Arrow and for the driver that reads Postgres, so that memory freed by one serves the other.
     # That is for the program to choose, not for a library.
     pa.set_memory_pool(pa.system_memory_pool())

@@ -6,6 +6,7 @@ Everything lies under ``./.fraiseql`` and may be deleted; a second run starts fr
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def demo(output: Output, events: int) -> None:
         )
     code_location = _code_location()
     end = Window.holding(datetime.now(UTC), WindowSize.HOUR).start
-    with open_changelog(settings, create=True) as changelog:
+    with _alone(), open_changelog(settings, create=True) as changelog:
         held = changelog.count()
         if held == 0:
             output.say("1/3 Postgres: an embedded server, FraiseQL's change log, two days of sample events")
@@ -104,6 +105,19 @@ def demo(output: Output, events: int) -> None:
         output.say(f"  {command:<45} {purpose}")
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Dagster's files in this directory are for one demo at a time."""
+    state = Path(".fraiseql")
+    state.mkdir(exist_ok=True)
+    with (state / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError("Another demo runs in this directory; wait for it, or start one in another directory.") from None
+        yield
+
+
 def _code_location() -> str:
     for module in ("assets.definitions", "fraiseql_pipeline.assets.definitions"):
         try:
@@ -134,7 +148,9 @@ def _materialize(module: str, windows: list[Window], settings: Settings) -> None
     if done.returncode != 0:
         log = home / "last-run.log"
         log.write_text(done.stdout + done.stderr)
-        raise PipelineError("The Dagster run failed; its log is in .fraiseql/dagster/last-run.log.")
+        raise PipelineError(
+            "The Dagster run failed; its log is in .fraiseql/dagster/last-run.log. Remove .fraiseql/ to begin the demo anew."
+        )
 
 
 def _variables(settings: Settings) -> dict[str, str]:

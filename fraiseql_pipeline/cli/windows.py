@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 
 import click
 
@@ -17,6 +18,11 @@ from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, parse_time, tile
+
+#: Of one run: more than a year of hours. A slip of the pen would fill the lake with empty windows, and no command takes them back.
+_MOST_WINDOWS = 10_000
+#: Holes that ``status`` names.
+_LISTED_HOLES = 1_000
 
 _TIME = "Time: ISO 8601 (naive is UTC), or now, now-1h, now-7d."
 
@@ -116,7 +122,8 @@ def status(output: Output) -> None:
     published = lake.published()
     windows = sorted(published)
     gaps, reach = _gaps(windows, settings.first_window)
-    holes = list(dict.fromkeys(hole for gap in gaps for hole in tile(*gap, settings.window)))
+    listed = list(islice(_holes(gaps, settings.window), _LISTED_HOLES + 1))
+    holes, more = listed[:_LISTED_HOLES], len(listed) > _LISTED_HOLES
     commits = list(published.values())
     rows = {
         "lake": settings.lake_uri,
@@ -125,6 +132,7 @@ def status(output: Output) -> None:
         "last_window": windows[-1].key if windows else None,
         "start": windows[0].start.isoformat() if windows else None,
         "holes": [hole.key for hole in holes],
+        "more_holes": more,
         "provisional": sum(commit.state == "provisional" for commit in commits),
         "accepted_rows": sum(commit.accepted_rows for commit in commits),
         "quarantined_rows": sum(commit.quarantined_rows for commit in commits),
@@ -135,8 +143,12 @@ def status(output: Output) -> None:
         output.say(nothing_published(lake))
         return
     shown = {
-        **{name: value for name, value in rows.items() if name != "start"},  # the first window says it
-        "holes": ", ".join(h.key for h in holes[:5]) + (f" and {len(holes) - 5} more" if len(holes) > 5 else "") or "none",
+        **{
+            name: value for name, value in rows.items() if name not in {"start", "more_holes"}
+        },  # the first window and the holes say it
+        "holes": ", ".join(h.key for h in holes[:5])
+        + (f" and {'more than ' if more else ''}{len(holes) - 5:,} more" if len(holes) > 5 else "")
+        or "none",
     }
     output.table(
         "Lake", ("what", "value"), [(name.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for name, v in shown.items()]
@@ -156,6 +168,16 @@ def _gaps(windows: Sequence[Window], first: datetime | None) -> tuple[list[tuple
             gaps.append((reach, window.start))
         reach = max(reach, window.end)
     return gaps, reach
+
+
+def _holes(gaps: Sequence[tuple[datetime, datetime]], size: WindowSize) -> Iterator[Window]:
+    """The windows that are missing, oldest first; one that two gaps touch once."""
+    last = None
+    for gap in gaps:
+        for hole in tile(*gap, size):
+            if hole != last:
+                yield hole
+            last = hole
 
 
 def _published(lake: Lake, start: str | None, end: str | None) -> dict[Window, Commit]:
@@ -203,7 +225,12 @@ def _windows(start: str, end: str, settings: Settings) -> list[Window]:
             f"No window before FRAISEQL_START ({settings.first_window.isoformat()}) may be published, got --start {first.isoformat()}: all "
             "windows between them would be missing to every read. Choose a later --start, or set an earlier FRAISEQL_START."
         )
-    chosen = [window for window in tile(first, min(last, now), settings.window) if window.end <= now]
+    chosen = [w for w in islice(tile(first, min(last, now), settings.window), _MOST_WINDOWS + 1) if w.end <= now]
+    if len(chosen) > _MOST_WINDOWS:
+        raise WindowError(
+            f"From {first.isoformat()} to {last.isoformat()} there are more than {_MOST_WINDOWS:,} windows, the most for one run; if it is "
+            "no slip, publish them range by range."
+        )
     if not chosen:
         raise WindowError(
             f"No {settings.window} has ended between {first.isoformat()} and {last.isoformat()}; choose a wider range."
