@@ -69,8 +69,11 @@ class Held:
 
     @property
     def is_there(self) -> bool:
-        """Whether the file is still on the disk; somebody may tidy up the directory."""
-        return self.disk.path.exists()
+        """Whether the file is still on the disk, whole; somebody may tidy up the directory."""
+        try:
+            return self.disk.path.stat().st_size == self.file.size
+        except OSError:
+            return False
 
 
 class HeldFiles:

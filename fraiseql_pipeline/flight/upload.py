@@ -173,10 +173,10 @@ def _parsed_with_exponents(text: str) -> Any:
     def number(digits: str) -> str:
         nonlocal printed
         exponent = digits.lower().partition("e")[2]
-        # The longest exponent that is looked at has seven digits, which is beyond what a numeric takes.
-        printed += abs(int(exponent)) if 0 < len(exponent) < 8 else MAX_DATA_BYTES * bool(exponent)
+        if exponent:  # one of eight characters is beyond any number that jsonb holds
+            printed += abs(int(exponent)) if len(exponent) < 8 else MAX_DATA_BYTES
         if printed > MAX_DATA_BYTES:
-            raise ValueError(number)
+            raise ValueError("too long in print")
         return digits
 
     return json.JSONDecoder(parse_float=number, parse_int=str, parse_constant=_refused).decode(text)

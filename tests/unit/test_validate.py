@@ -342,6 +342,8 @@ def test_nullability_flags_and_metadata_of_a_reader_are_no_drift() -> None:
 @pytest.mark.parametrize(
     ("accepted", "rejected", "share", "halts"),
     [
+        (71, 29, 0.29, False),  # exactly the share, which no binary fraction is
+        (70, 30, 0.29, True),
         (0, 0, 0.05, False),
         (2, 1, 0.05, False),
         (0, TOLERATED_ROWS, 0.05, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ def directory(cache: Path) -> None:
         shutil.rmtree(path)
 
 
+def ends(cache: Path) -> None:
+    """The second half of every file with events, as a disk that failed leaves it."""
+    for file in cache.rglob("*.parquet"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
 @pytest.mark.parametrize("clean", [files, directory])
 def test_frames_that_were_removed_are_made_anew(
     lake: Lake, start_server: Callable[..., FlightServer], tmp_path: Path, clean: Clean
@@ -52,7 +59,7 @@ def live(changelog_url: str, lake: Lake, start_server: Callable[..., FlightServe
         yield made
 
 
-@pytest.mark.parametrize("clean", [files, directory])
+@pytest.mark.parametrize("clean", [files, directory, ends])
 def test_events_that_are_not_published_are_read_from_the_log_again(live: Followed, tmp_path: Path, clean: Clean) -> None:
     old, new = live.write(LAST - HOUR, 3), live.write(LAST, 2)
     live.reaches(new[-1])
