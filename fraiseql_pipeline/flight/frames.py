@@ -264,7 +264,9 @@ class FrameStore:
         error: Exception | None = None
         try:
             for message in make():
-                if self._closed or (not keep_going and self._is_unwanted(entry)):
+                if self._closed:
+                    raise _stopping()
+                if not keep_going and self._is_unwanted(entry):
                     raise _unwanted()
                 self._write(entry, message)
         except Exception as failure:  # noqa: BLE001 - it is raised again by every reader

@@ -370,10 +370,11 @@ def test_what_nobody_waits_for_when_its_turn_comes_is_not_made(tmp_path: Path) -
 
 def test_closing_tells_readers_and_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.1)
-    allowed, ended = threading.Event(), threading.Event()
+    begun, allowed, ended = threading.Event(), threading.Event(), threading.Event()
 
     def hangs() -> Iterator[Message]:
         yield message(b"one")
+        begun.set()
         assert allowed.wait(30)
         ended.set()
         yield message(b"two")
@@ -382,6 +383,7 @@ def test_closing_tells_readers_and_does_not_wait_for_what_hangs(tmp_path: Path, 
     hanging, queued = store.open("a", hangs), store.open("b", never)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: list(hanging.items()))
+        assert begun.wait(30)
         store.close()
         with pytest.raises(FlightUnavailable, match="is stopping"):
             reading.result(30)
