@@ -23,6 +23,8 @@ from fraiseql_pipeline.window import Window, WindowSize, parse_time, tile
 _MOST_WINDOWS = 10_000
 #: Holes that ``status`` names.
 _LISTED_HOLES = 1_000
+#: Of what ``status`` tells, what its table has in the first window and in the holes.
+_SAID_BY_OTHERS = {"start", "more_holes"}
 
 _TIME = "Time: ISO 8601 (naive is UTC), or now, now-1h, now-7d."
 
@@ -143,9 +145,7 @@ def status(output: Output) -> None:
         output.say(nothing_published(lake))
         return
     shown = {
-        **{
-            name: value for name, value in rows.items() if name not in {"start", "more_holes"}
-        },  # the first window and the holes say it
+        **{name: value for name, value in rows.items() if name not in _SAID_BY_OTHERS},
         "holes": ", ".join(h.key for h in holes[:5])
         + (f" and {'more than ' if more else ''}{len(holes) - 5:,} more" if len(holes) > 5 else "")
         or "none",
