@@ -10,7 +10,8 @@ no sessions and any replica knows it.
 
 Invariants
  1. Whatever is wrong with a credential, the client gets the same status and the same sentence. The reason goes to metrics and audit.
- 2. A call has exactly one credential; two are refused, so that no proxy and server can disagree on which one counts.
+ 2. A call has exactly one credential; two are refused, so that no proxy and server can disagree on which one counts. In a handshake, header and
+    payload may say the same.
  3. The algorithm of a JWT is the setting's, never the token's. ``exp``, ``iss``, ``aud``, ``sub`` and the tenant must be there.
  4. Tokens are compared in constant time, all of them.
  5. Nothing here writes a credential anywhere.
@@ -48,6 +49,10 @@ TOKEN_HEADER = "auth-token-bin"  # noqa: S105 - the name of a header
 _SENTENCE = "The call is not authenticated; send one valid bearer token in the authorization header."
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{1,8192}", re.ASCII)
 _PREFIX = "fq_"
+#: What a header may have around its words, and no other blank: gRPC logs a header of other bytes, and hands it on.
+_BLANKS = " \t"
+#: Control characters and halves of surrogate pairs: no text of Postgres, and no line of a log, has them.
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: Clocks of issuers and servers differ.
 _LEEWAY_SECONDS = 10
 _MIN_RSA_BITS = 2048
@@ -129,17 +134,12 @@ class Authenticator:
         if not self.asks_for_tokens:
             # Drivers that always shake hands want something to send along.
             return self.caller(metadata, identities), "none-needed"
-        if payload is not None:
-            user, password = payload
-        else:
-            scheme, credential = _credential(metadata)
-            if scheme == "bearer":
-                return self._of_token(credential), credential
-            if scheme != "basic":
-                raise NotAuthenticated(_SENTENCE, "scheme")
-            user, password = _basic(credential)
+        user, password = _shown(metadata) if payload is None else payload
+        # pyarrow repeats the payload of its first handshake beside the header of a second one: the same credential is no other one.
+        if payload is not None and _credentials(metadata) and _shown(metadata) not in {payload, (None, password)}:
+            raise NotAuthenticated(_SENTENCE, "duplicate")
         caller = self._of_token(password)
-        if not hmac.compare_digest(caller.principal.encode(), user.encode()):
+        if user is not None and not hmac.compare_digest(caller.principal.encode(), user.encode()):
             raise NotAuthenticated(_SENTENCE, "unknown")
         return caller, password
 
@@ -188,8 +188,8 @@ class _Jwt:
             raise NotAuthenticated(_SENTENCE, "signature") from None
         except jwt.DecodeError:
             raise NotAuthenticated(_SENTENCE, "unknown") from None
-        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, OverflowError):
-            # PyJWT lets some oddly typed claims through to an error of Python's own.
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            # PyJWT lets some oddly typed claims, and JSON nested too deeply, through to an error of Python's own.
             raise NotAuthenticated(_SENTENCE, "claims") from None
 
     def _key(self, token: str) -> Any:
@@ -211,23 +211,37 @@ def _claimed(claims: dict[str, Any], org_claim: str) -> Caller:
     scopes = claims.get("scope", "")
     named = scopes.split() if isinstance(scopes, str) else scopes
     principal = claims["sub"]
-    if not isinstance(principal, str) or not principal or not isinstance(named, list):
+    if not isinstance(principal, str) or not principal or _UNWRITABLE.search(principal) or not isinstance(named, list):
         raise ValueError("sub")
     # An issuer may know scopes that mean nothing here.
     granted = frozenset(scope for scope in named if isinstance(scope, str)) & SCOPES
     return Caller(principal, None if org_id == "*" else org_id.lower(), granted)
 
 
+def _credentials(metadata: Sequence[tuple[str, str | bytes]]) -> list[tuple[str, str | bytes]]:
+    return [(name, value) for name, value in metadata if name in {"authorization", TOKEN_HEADER}]
+
+
 def _credential(metadata: Sequence[tuple[str, str | bytes]]) -> tuple[str, str]:
-    found = [(name, value) for name, value in metadata if name in {"authorization", TOKEN_HEADER}]
+    found = _credentials(metadata)
     if len(found) != 1:
         raise NotAuthenticated(_SENTENCE, "duplicate" if found else "missing")
     [(name, value)] = found
     text = value.decode("ascii", errors="replace") if isinstance(value, bytes) else value
     if name == TOKEN_HEADER:
         return "bearer", text
-    scheme, _, credential = text.strip().partition(" ")
-    return scheme.lower(), credential.strip()
+    scheme, _, credential = text.strip(_BLANKS).partition(" ")
+    return scheme.lower(), credential.strip(_BLANKS)
+
+
+def _shown(metadata: Sequence[tuple[str, str | bytes]]) -> tuple[str | None, str]:
+    """User and password of a handshake's header; no user where it is a bearer token."""
+    scheme, credential = _credential(metadata)
+    if scheme == "bearer":
+        return None, credential
+    if scheme != "basic":
+        raise NotAuthenticated(_SENTENCE, "scheme")
+    return _basic(credential)
 
 
 def _basic(credential: str) -> tuple[str, str]:
@@ -278,11 +292,15 @@ def _parse_jwks(content: bytes) -> dict[str, Any]:
         listed = json.loads(content)["keys"]
         for number, key in enumerate(listed):
             if key.get("kty") == "RSA" and key.get("alg", "RS256") == "RS256" and key.get("use", "sig") == "sig" and "d" not in key:
-                keys[str(key.get("kid", number))] = jwt.PyJWK(key, algorithm="RS256").key
-    except (ValueError, KeyError, TypeError, AttributeError, jwt.PyJWTError):
+                name = str(key.get("kid", number))
+                if name in keys:
+                    raise ValueError(name)  # which of them signed would be a guess
+                keys[name] = jwt.PyJWK(key, algorithm="RS256").key
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, jwt.PyJWTError):
         keys = {}
     if not keys or any(key.key_size < _MIN_RSA_BITS for key in keys.values()):
         raise SettingsError(
-            f"FRAISEQL_ARROW_FLIGHT_JWT_JWKS_FILE must be a JSON Web Key Set with public RSA keys of {_MIN_RSA_BITS} bits or more."
+            f"FRAISEQL_ARROW_FLIGHT_JWT_JWKS_FILE must be a JSON Web Key Set with public RSA keys of {_MIN_RSA_BITS} bits or more, each with "
+            "an id of its own."
         )
     return keys

@@ -23,6 +23,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections import OrderedDict
@@ -95,7 +96,7 @@ class Entry:
 
     def __init__(self, key: Hashable, path: Path) -> None:
         self.key = key
-        self.size = 0
+        self.size = self.rows = 0
         self.complete = False
         self._path = path
         self._items: list[Item] = []
@@ -149,6 +150,7 @@ class Entry:
         item = Item(self.size, len(data), *message[1:])
         with self._grown:
             self.size += len(data)
+            self.rows += message.rows
             self._items.append(item)
             self._grown.notify_all()
 
@@ -223,10 +225,10 @@ class FrameStore:
         with self._lock:
             return self._evict()
 
-    def size_of(self, key: Hashable) -> int | None:
-        """The bytes of a complete entry; None for any other."""
+    def totals_of(self, key: Hashable) -> tuple[int, int] | None:
+        """The rows and the bytes of a complete entry; None for any other."""
         entry = self._entries.get(key)
-        return entry.size if entry is not None and entry.complete else None
+        return (entry.rows, entry.size) if entry is not None and entry.complete else None
 
     def figures(self) -> Figures:
         with self._lock:
@@ -386,8 +388,12 @@ class FrameStore:
 
 def _remove_if_left(directory: Path) -> None:
     try:
-        held = os.open(directory / _LOCK, os.O_RDWR)
-    except OSError:  # somebody else's, or being made
+        found = directory.lstat()
+        # In a directory that users share, others may have put there what makes an open wait: a lease holds it up for 45 s.
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return
+        held = os.open(directory / _LOCK, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:  # being made
         return
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -91,7 +91,7 @@ class Round:
             times = max(times[0], NANOSECOND_RANGE_US[0]), min(times[1], NANOSECOND_RANGE_US[1] + 1)
             self._tell_of_far()
         span = None if self._within(times) else times
-        key = (tuple(schema.names), str(encoding), wanted, span, frame_rows)
+        key = (tuple(schema.names), str(encoding), wanted.key, span, frame_rows)
         with self._lock:
             if (kept := self._kept.get(key)) is None:
                 messages = encoded(self._segments(schema.names, wanted, span), schema, encoding.codec, frame_rows)

@@ -93,9 +93,11 @@ class FrameStreams:
                 f"The lake gave {sent.rows} events where the commits of the asked windows count {plan.rows}; run fraiseql-pipeline fsck."
             )
 
-    def size_of(self, plan: Plan, max_rows: int) -> int | None:
-        """The bytes of the frames of a plan; None unless all of them are kept, fit as they are, and none is left out as a dictionary may."""
-        total = 0
+    def totals_of(self, plan: Plan, max_rows: int) -> tuple[int, int] | None:
+        """The rows and the bytes of the frames of a plan; None unless all of them are kept, fit as they are, and none is left out as a
+        dictionary may.
+        """
+        rows = size = 0
         if without_dictionaries(plan.stream_schema) != plan.stream_schema:
             return None
         if plan.ticket.limit is not None or max_rows < FRAME_ROWS[-1] or len(plan.unit_range) > _SIZED_UNITS:
@@ -105,11 +107,11 @@ class FrameStreams:
             if groups is None:
                 return None
             for part in self._parts_of(plan, groups, max_rows):
-                size = self.store.size_of(part.key) if part.whole else None
-                if size is None:
+                totals = self.store.totals_of(part.key) if part.whole else None
+                if totals is None:
                     return None
-                total += size
-        return total
+                rows, size = rows + totals[0], size + totals[1]
+        return rows, size
 
     def frames(self, plan: Plan, sender: Sender) -> Iterator[bytes]:
         """The frames of a plan, behind what ``sender`` has sent before."""
@@ -155,7 +157,7 @@ class FrameStreams:
             # Frames without times cannot be cut at one, so what is cut is a group of its own.
             span = None if whole or "timestamp" in plan.schema.names else plan.span
             kept = group.simplified(wanted)
-            key = (group.identity, str(plan.encoding), tuple(plan.schema.names), kept, frame_rows(max_rows), span)
+            key = (group.identity, str(plan.encoding), tuple(plan.schema.names), kept.key, frame_rows(max_rows), span)
             yield _Part(group, kept, key, whole or span is not None)
 
     def _open(self, plan: Plan, part: _Part, max_rows: int) -> Entry:

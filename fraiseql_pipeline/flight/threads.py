@@ -4,6 +4,10 @@ What lives here: ``Threads``. What must not: what they do.
 
 The pools of ``concurrent.futures`` are joined when the interpreter ends, however long their work takes: a call that waits for a lock of
 Postgres, or for a storage that does not answer, would keep a stopped server alive.
+
+Invariants
+ 1. There is always a thread. Where the system starts no more of them (``pids`` of a container), work waits for one that is free, and the next
+    work that comes tries again: gRPC ends its own thread, and with it the server, when work is not taken.
 """
 
 from __future__ import annotations
@@ -15,9 +19,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+#: Threads that are started at once: so few that they cost nothing, and enough for probes beside a long stream.
+_FIRST = 4
+
 
 class Threads(Executor):
-    """At most so many threads, each started when there is work and no other is idle. ``name``: what they are called, with a number."""
+    """At most so many threads, each but the first few started when there is work and no other is idle. ``name``: what they are called, with a
+    number. Raises ``RuntimeError`` where not even the first can be started.
+    """
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
@@ -25,8 +34,12 @@ class Threads(Executor):
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._threads: list[threading.Thread] = []
+        #: Those that look for work, or will as soon as they run.
         self._idle = 0
         self._closed = False
+        for number in range(min(most, _FIRST)):
+            if not self._start() and not number:
+                raise RuntimeError("no thread can be started")
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Raises ``RuntimeError`` after ``shutdown``."""
@@ -35,12 +48,10 @@ class Threads(Executor):
             if self._closed:
                 raise RuntimeError("these threads were shut down")
             self._waiting.append((future, lambda: fn(*args, **kwargs)))
-            if len(self._waiting) <= self._idle:
-                self._changed.notify()
-            elif len(self._threads) < self._most:
-                thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._changed.notify()
+            # More than one, if some could not be started before.
+            while len(self._waiting) > self._idle and len(self._threads) < self._most and self._start():
+                pass
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -62,10 +73,20 @@ class Threads(Executor):
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
 
+    def _start(self) -> bool:
+        """Whether one more thread could be started."""
+        thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            return False
+        self._threads.append(thread)
+        self._idle += 1
+        return True
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._idle += 1
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 self._idle -= 1
                 if not self._waiting:
@@ -77,3 +98,5 @@ class Threads(Executor):
                 except BaseException as error:  # noqa: BLE001 - whoever asked for the work is told
                     future.set_exception(error)
             del future, work
+            with self._changed:
+                self._idle += 1

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,15 +94,15 @@ def test_what_is_kept_stays_within_the_bound_and_the_last_used_stays(store: Fram
     figures = store.figures()
     assert figures.bytes <= 1000
     assert figures.evictions == 7
-    assert store.size_of(0) == 300
-    assert store.size_of(1) is None
+    assert store.totals_of(0) == (1, 300)
+    assert store.totals_of(1) is None
 
 
 def test_there_are_no_more_entries_than_the_memory_is_meant_for(store: FrameStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ENTRIES", 3)
     for key in range(5):
         drained(store, key, b"x")
-    assert [store.size_of(key) for key in range(5)] == [None, None, 1, 1, 1]
+    assert [store.totals_of(key) for key in range(5)] == [None, None, (1, 1), (1, 1), (1, 1)]
 
 
 def test_a_bound_of_nothing_keeps_nothing(tmp_path: Path) -> None:
@@ -200,6 +202,63 @@ def test_what_a_dead_server_left_is_removed_and_what_a_living_one_has_is_not(tmp
             drained(store, "a", b"x")
             assert not (tmp_path / "fraiseql-frames-dead").exists()
             assert (tmp_path / "fraiseql-frames-alive" / "1").exists()
+
+
+def left(directory: Path) -> Path:
+    """What a server that died has left."""
+    (directory / "fraiseql-frames-left").mkdir()
+    (directory / "fraiseql-frames-left" / "lock").touch()
+    return directory / "fraiseql-frames-left"
+
+
+def test_what_another_user_has_left_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, another, open_file = left(tmp_path), os.geteuid() + 1, os.open
+    opened: list[Path] = []
+
+    def seen(path: Path, *rest: int) -> int:
+        opened.append(path.parent)
+        return open_file(path, *rest)
+
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    monkeypatch.setattr(os, "open", seen)
+    with FrameStore(1000, tmp_path) as store:
+        drained(store, "a", b"x")
+    assert opened
+    assert directory not in opened
+    assert directory.exists()
+
+
+@pytest.mark.parametrize("linked", ["lock", "directory"])
+def test_a_link_is_not_followed_to_what_is_removed(tmp_path: Path, linked: str) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "lock").touch()
+    link = tmp_path / "cache" / "fraiseql-frames-link"
+    if linked == "directory":
+        link.symlink_to(tmp_path / "elsewhere")
+    else:
+        link.mkdir()
+        (link / "lock").symlink_to(tmp_path / "elsewhere" / "lock")
+    with FrameStore(1000, tmp_path / "cache") as store:
+        drained(store, "a", b"x")
+    assert link.exists()
+
+
+def test_a_lease_on_what_was_left_holds_up_no_start(tmp_path: Path) -> None:
+    directory = left(tmp_path)
+    lease = "import fcntl, signal, sys; signal.signal(signal.SIGIO, signal.SIG_IGN); file = open(sys.argv[1], 'r+')"
+    program = f"{lease}; fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK); print(flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", program, directory / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder, ThreadPoolExecutor(1) as pool, FrameStore(1000, tmp_path) as store:
+        if not holder.stdout.readline():
+            pytest.skip("this file system has no leases")
+        started = pool.submit(drained, store, "a", b"x")
+        try:
+            # The system breaks a lease after 45 s.
+            assert started.result(30) == [b"x"]
+        finally:
+            holder.kill()
 
 
 def test_a_closed_store_leaves_no_file(tmp_path: Path) -> None:

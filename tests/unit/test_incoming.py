@@ -16,7 +16,7 @@ from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.flight import incoming as module
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.edge import Call
-from fraiseql_pipeline.flight.incoming import SMALL_BYTES, Incoming, Room
+from fraiseql_pipeline.flight.incoming import MAX_BATCH_ROWS, SMALL_BYTES, Incoming, Room
 from fraiseql_pipeline.flight.limits import Running
 from fraiseql_pipeline.flight.presence import ClientGone, Presence
 from fraiseql_pipeline.flight.upload import uploads
@@ -106,6 +106,35 @@ def test_messages_of_metadata_alone_are_passed_over() -> None:
     assert found is not None
     assert found.num_rows == 0
     assert incoming.next_batch() is None
+
+
+def of_one_value(rows: int) -> list[bytes]:
+    """The messages of an upload of so many rows that are one byte a column, and next to nothing compressed."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()).take(pa.array([0] * rows)), pa.array(["x"]))
+    columns = dict.fromkeys(("event_id", "event_type", "entity_type", "entity_id", "data"), texts)
+    batch = pa.record_batch({**columns, "timestamp": pa.array([0] * rows, pa.timestamp("us", "UTC"))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(batch)
+    return framed(sink)
+
+
+def test_a_batch_of_too_many_rows_is_refused_however_small_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_plain", lambda _: pytest.fail("looked at"))
+    messages = of_one_value(MAX_BATCH_ROWS + 1)
+    assert sum(map(len, messages)) < 5_000
+    incoming = incoming_of(messages)
+    incoming.named()
+    with pytest.raises(InputError, match=f"more than {MAX_BATCH_ROWS} events, got {MAX_BATCH_ROWS + 1}; send smaller batches"):
+        incoming.next_batch()
+
+
+def test_a_batch_of_as_many_rows_as_allowed_is_read() -> None:
+    incoming = incoming_of(of_one_value(MAX_BATCH_ROWS))
+    incoming.named()
+    batch = incoming.next_batch()
+    assert batch is not None
+    assert batch.num_rows == MAX_BATCH_ROWS
 
 
 # ------------------------------------------------------------------------------------- what stays while a client is waited for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -14,7 +15,7 @@ from fraiseql_pipeline.encoding import Encoding, stream_schema
 from fraiseql_pipeline.event import LAKE_SCHEMA, WIRE_SCHEMA
 from fraiseql_pipeline.flight import rounds as module
 from fraiseql_pipeline.flight.rounds import Kept, Round, Rounds
-from fraiseql_pipeline.flight.segment import Filter
+from fraiseql_pipeline.flight.segment import Filter, Types
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.events import TENANTS, lake_events
 
@@ -45,7 +46,8 @@ def test_what_is_asked_for_twice_is_encoded_once() -> None:
     one, encoding = Round(500, (batch(),)), Encoding("compact", "zstd")
     schema = stream_schema((), encoding)
     assert one.entry(schema, encoding, Filter(), EVER, 1_000) is one.entry(schema, encoding, Filter(), EVER, 1_000)
-    assert one.entry(schema, encoding, Filter(("Order",)), EVER, 1_000) is not one.entry(schema, encoding, Filter(), EVER, 1_000)
+    orders = Filter(Types(("Order",)))
+    assert one.entry(schema, encoding, orders, EVER, 1_000) is not one.entry(schema, encoding, Filter(), EVER, 1_000)
 
 
 def test_a_follower_whose_key_lies_within_a_round_gets_what_is_above_it() -> None:
@@ -84,12 +86,20 @@ def test_a_round_keeps_the_messages_of_a_few_ways_of_asking(monkeypatch: pytest.
     schema = stream_schema((), encoding)
 
     def asked(name: str) -> object:
-        return one.entry(schema, encoding, Filter((name,)), EVER, 1_000)
+        return one.entry(schema, encoding, Filter(Types((name,))), EVER, 1_000)
 
     first, second, third = asked("Order"), asked("User"), asked("Product")
     assert asked("Order") is first
     assert asked("User") is second
     assert asked("Product") is not third
+
+
+def test_what_a_round_keeps_takes_no_more_memory_however_many_types_its_followers_name() -> None:
+    one, encoding = Round(500, (batch(),)), Encoding()
+    names = Types(("Order", *(f"other.{number}" for number in range(10_000))))
+    kept = one.entry(stream_schema((), encoding), encoding, Filter(names), EVER, 1_000)
+    assert sum(item.rows for item in kept.items()) == pc.sum(pc.equal(one.batches[0]["entity_type"], "Order")).as_py() > 0
+    assert max(len(pickle.dumps(key)) for key in one._kept) < 1_000
 
 
 def test_times_cut_through_a_round() -> None:

@@ -72,3 +72,41 @@ def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
     root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", ENDS], cwd=root, capture_output=True, text=True, timeout=60, check=True)
     assert (ended.stdout, ended.stderr) == ("over\n", "")
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_where_no_more_threads_can_be_started_work_waits_for_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, allowed, begun = Threads(20, "short"), threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        assert allowed.wait(30)
+
+    running = threads.submit(first)
+    assert begun.wait(30)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        waiting = [threads.submit(first) for _ in range(5)] + [threads.submit(int) for _ in range(10)]
+        allowed.set()
+        assert [future.result(30) for future in waiting[5:]] == [0] * 10
+    assert running.result(30) is None
+    # Once they can be started again, there are as many as ever.
+    together = threading.Barrier(20)
+    for future in [threads.submit(together.wait, 30) for _ in range(20)]:
+        future.result(30)
+    assert len({thread.name for thread in threads._threads}) == 20
+    threads.shutdown()
+
+
+def test_work_that_waits_since_no_thread_could_be_started_gets_one_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, together = Threads(20, "later"), threading.Barrier(11)
+    held = [threads.submit(together.wait, 30) for _ in range(5)]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        held += [threads.submit(together.wait, 30) for _ in range(5)]
+    held.append(threads.submit(together.wait, 30))
+    assert sorted(future.result(30) for future in held) == list(range(11))
+    threads.shutdown()
