@@ -92,6 +92,7 @@ class Actions:
         yield protocol.Result(body=action.answer(self, asked.body, call)).SerializeToString()
 
     def _state(self, body: bytes, call: Call) -> bytes:
+        """Of the lake: ``complete_through`` is the end of its newest window, as in receipts; holes before it are counted by ``/metrics``."""
         del call
         if body:
             raise TicketError("This action takes no body.")
@@ -154,7 +155,9 @@ class Actions:
 
 
 _ACTIONS = {
-    "healthcheck": _Action(READ, "no body → JSON: status, table_version, complete_through", Actions._state),
+    "healthcheck": _Action(
+        READ, "no body → JSON: status, table_version, complete_through (the end of the newest window, holes or not)", Actions._state
+    ),
     "refresh": _Action(ADMIN, "no body → follow the lake's log now; JSON as of healthcheck", Actions._state),
     "warm": _Action(ADMIN, "a ticket → encode its frames before anybody reads them; JSON: status, rows", Actions._warm),
     "CancelFlightInfo": _Action(

@@ -149,7 +149,7 @@ class Client:
             results = list(self._flight.do_action(flight.Action(name, body), self._options))
         try:
             return json.loads(results[0].body.to_pybytes())[wanted]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise FlightUnavailable(f"The server's answer to {name} cannot be read; is it a fraiseql-pipeline server?") from None
 
     def close(self) -> None:

@@ -57,8 +57,8 @@ _LOOK_SECONDS = 60.0
 _FILLED_AHEAD = timedelta(days=1)
 #: How long a reader waits for the buffer to be where the lake is already, nearly always one look; and for its turn to ask Postgres.
 _CATCH_UP_SECONDS = 10.0
-#: Readers that wait so at a time: half the plans a server makes at once (64), so that who needs nothing of Postgres gets his.
-_MAX_WAITING = 32
+#: Of the plans a server makes at once (``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS``), one in so many may wait so: who needs nothing of Postgres gets his.
+_WAITING_SHARE = 2
 #: What the end waits for the following thread, which looks up every ``POLL_SECONDS`` where its database answers.
 _CLOSE_SECONDS = 2.0
 #: A view is decided again when the lake has moved on meanwhile; it does so about once a minute.
@@ -92,7 +92,7 @@ class Live:
         #: Whether a reader found that the lake is published from another log now.
         self._is_of_another = False
         self._filling = threading.Lock()
-        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+        self._waiting = threading.BoundedSemaphore(max(1, settings.arrow_flight_max_streams // _WAITING_SHARE))
         #: Hours ahead of the clock that had events when following began.
         self._ahead: frozenset[int] = frozenset()
         #: Settled pk by window, up to which it is known that no late event is missing here.

@@ -8,7 +8,8 @@ Invariants
  1. Every series exists at zero before its first event, so that rates and alerts need no special case; but for what the lake alone knows: times
     while nothing is published, rules that nothing breaks, and everything of a lake that cannot be read.
  2. The pages say nothing about events: counts and clocks only.
- 3. Several workers write into files of one directory; the supervisor adds them up. Counters survive the restart of a worker.
+ 3. Whoever hangs, a client, the storage of the lake, holds a few threads of the metrics port and no more.
+ 4. Several workers write into files of one directory; the supervisor adds them up. Counters survive the restart of a worker.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -38,8 +42,13 @@ _log = logging.getLogger(__name__)
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 CUTS = ("stalled", "idle", "lifetime", "cancelled")
 
-#: Scrapers that hang must not hold threads.
-_HTTP_SECONDS = 5.0
+#: What a request of the metrics port may take in all, and how many are answered at a time: who hangs, or sends a byte now and then, holds no more
+#: threads, and no longer.
+_HTTP_SECONDS, _HTTP_REQUESTS = 5.0, 16
+#: How long a new connection waits for the place of the one that is ended for it.
+_PLACE_SECONDS = 1.0
+#: How long who asks waits for a look at the lake: probes rarely wait longer. And how old what is told of it instead may be.
+_LOOK_SECONDS, _OLD_SECONDS = 1.0, 10.0
 
 
 class Metrics:
@@ -129,13 +138,28 @@ class Metrics:
         self._failures.labels(reason).inc()
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a look at the lake found, and when; ``published`` None: it could not be read."""
+
+    published: Mapping[Window, Commit] | None
+    at: float
+
+
 class LakeState:
-    """What the lake says about itself, asked when a scraper asks. ``settings`` say where its windows begin and how long they are."""
+    """What the lake says about itself, asked when a scraper asks. ``settings`` say where its windows begin and how long they are.
+
+    It is looked at by one thread at a time, however many ask: a storage that hangs holds no more of them.
+    """
 
     def __init__(self, lake: Lake, settings: Settings) -> None:
         self._lake = lake
         self._settings = settings
-        self._was_there = False
+        self._looks = threading.Condition()
+        self._looking = False
+        #: Until when who asks waits for the look that is under way.
+        self._waited_until = 0.0
+        self._seen = _Seen(None, 0.0)
 
     @staticmethod
     def described() -> dict[str, GaugeMetricFamily]:
@@ -162,11 +186,10 @@ class LakeState:
         """Read the lake, and say what there is; of one that cannot be read, or is gone, only the names."""
         shown = self.described()
         shown["build_info"].add_metric((package_version(),), 1)
-        try:
-            stands = Standing.of(self._published(), self._settings.first_window)
-        except PipelineError as error:
-            _log.warning("the lake cannot be read: %s", error)
+        published = self._published()
+        if published is None:
             return shown.values()
+        stands = Standing.of(published, self._settings.first_window)
         shown["windows"].add_metric(("sealed",), stands.windows - stands.provisional)
         shown["windows"].add_metric(("provisional",), stands.provisional)
         shown["holes"].add_metric((), stands.holes(self._settings.window))
@@ -181,22 +204,36 @@ class LakeState:
         return shown.values()
 
     def ready(self) -> bool:
-        """Whether the lake can be read. One without windows can, but for one that had some: it is gone."""
-        try:
-            self._published()
-        except PipelineError as error:
-            _log.warning("not ready: %s", error)
-            return False
-        return True
+        """Whether the lake can be read. One without windows can, but for one that was there before: it is gone."""
+        return self._published() is not None
 
-    def _published(self) -> dict[Window, Commit]:
-        found = self._lake.published()
-        if self._was_there and not found:
-            raise LakeUnavailable(
-                "The lake had published windows and is not there any more; check FRAISEQL_LAKE_URI and its storage."
-            )
-        self._was_there = bool(found)
-        return found
+    def _published(self) -> Mapping[Window, Commit] | None:
+        """What a look at the lake finds, or found a moment ago where it takes long; None where it cannot be read."""
+        with self._looks:
+            if not self._looking:
+                self._looking, self._waited_until = True, time.monotonic() + _LOOK_SECONDS
+                threading.Thread(target=self._look, name="lake-look", daemon=True).start()
+            before = self._seen
+            self._looks.wait_for(lambda: self._seen is not before, self._waited_until - time.monotonic())
+            if time.monotonic() - self._seen.at > _OLD_SECONDS:
+                _log.warning("the lake does not answer")
+                return None
+            return self._seen.published
+
+    def _look(self) -> None:
+        published = None
+        try:
+            published = self._lake.published()
+            if not published and self._lake.is_gone():
+                raise LakeUnavailable("it was there before and is not there any more; check FRAISEQL_LAKE_URI and its storage.")
+        except PipelineError as error:
+            published = None
+            _log.warning("the lake cannot be read: %s", error)
+        except Exception:  # noqa: BLE001 - a thread has nobody above it, and who asks next looks again
+            _log.exception("the lake cannot be read")
+        with self._looks:
+            self._seen, self._looking = _Seen(published, time.monotonic()), False
+            self._looks.notify_all()
 
 
 class MetricsServer:
@@ -232,9 +269,8 @@ class MetricsServer:
                 del format, args
 
         host, _, port = bind.rpartition(":")
-        kind = type("Http", (ThreadingHTTPServer,), {"daemon_threads": True, "address_family": _family(host)})
         try:
-            self._server = kind((host.strip("[]"), int(port)), Handler)
+            self._server = _Http((host.strip("[]"), int(port)), Handler)
         except OSError:
             raise SettingsError(
                 f"The metrics cannot be shown on {bind!r}: another process holds the port, or the address is not this machine's; "
@@ -249,5 +285,51 @@ class MetricsServer:
         self._server.server_close()
 
 
-def _family(host: str) -> int:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+class _Http(ThreadingHTTPServer):
+    """A thread per connection, of which there are ``_HTTP_REQUESTS`` at most: the oldest is ended for a new one."""
+
+    daemon_threads = True
+    request_queue_size = 4 * _HTTP_REQUESTS
+
+    def __init__(self, address: tuple[str, int], answers: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        #: The connections that are open, oldest first, each with when it is ended. One is a request: the next one needs another.
+        self._open: dict[Any, float] = {}
+        self._changed = threading.Condition()
+        super().__init__(address, answers)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            if len(self._open) >= _HTTP_REQUESTS:
+                _end(next(iter(self._open)))
+                self._changed.wait_for(lambda: len(self._open) < _HTTP_REQUESTS, _PLACE_SECONDS)
+            full = len(self._open) >= _HTTP_REQUESTS
+            if not full:
+                self._open[request] = time.monotonic() + _HTTP_SECONDS
+        if full:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._changed:
+            self._open.pop(request, None)
+            self._changed.notify_all()
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called between requests, ten times a second at least."""
+        now = time.monotonic()
+        with self._changed:
+            for request in [request for request, end in self._open.items() if end < now]:
+                _end(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        del request, client_address
+        _log.debug("a request of the metrics port failed", exc_info=True)
+
+
+def _end(connection: Any) -> None:
+    """Wake the thread that reads or writes it, which closes it then."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

@@ -33,14 +33,15 @@ from fraiseql_pipeline.errors import (
     PipelineError,
     TicketError,
 )
+from fraiseql_pipeline.window import as_utc
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What a server says about a stream.
 
-    ``rows``: events in it; None in an ``info`` where the range cuts a window or a filter applies. ``complete_through``: the published
-    windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
+    ``rows``: events in it; None in an ``info`` where neither commits nor kept frames tell: they do for whole windows, and for what was
+    read before. ``complete_through``: the published windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
     that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
     range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
     ``next_ticket`` reads what comes after this; None behind a ``limit``, and in an ``info`` where a log is followed. ``table_version`` is
@@ -83,7 +84,6 @@ class Stream:
 
     def __init__(self, reader: Any, schema: pa.Schema, url: str, *, plain: bool = True, alone: bool = True) -> None:
         compact = (schema.metadata or {}).get(b"fraiseql.encoding", b"").startswith(b"compact")
-        self.schema = plain_schema(schema) if plain and compact else schema
         self.receipt: Receipt | None = None
         self.settled_pk: int | None = None
         self._reader = reader
@@ -92,6 +92,10 @@ class Stream:
         self._checksum = 0
         self._decodes = plain and compact
         self._alone = alone
+        try:
+            self.schema = plain_schema(schema) if self._decodes else schema
+        except KeyError:
+            raise self._broken("has columns that no event has") from None
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         return self
@@ -102,14 +106,27 @@ class Stream:
             if chunk is None:
                 raise self._broken("ended without its receipt")
             rows = chunk.data.num_rows if chunk.data is not None else 0
+            taken = self._taken(chunk.data) if rows else None
             self._rows += rows
-            if rows:
-                self._checksum = (self._checksum + (checksum(chunk.data) or 0)) % 2**64
             if chunk.app_metadata is not None:
                 self._note(chunk.app_metadata.to_pybytes())
-            if rows:
-                return to_plain(chunk.data) if self._decodes else chunk.data
+            if taken is not None:
+                return taken
         raise StopIteration
+
+    def _taken(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The events of a message, counted into the sum of ids."""
+        try:
+            self._checksum = (self._checksum + (checksum(batch) or 0)) % 2**64
+            return to_plain(batch) if self._decodes else batch
+        except (
+            pa.ArrowException,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # columns of other types, or nulls among ids
+            raise self._broken("cannot be read as events") from None
 
     def _chunk(self) -> Any:
         with translated(self._url):
@@ -121,12 +138,14 @@ class Stream:
     def _note(self, metadata: bytes) -> None:
         """What the metadata of a message says: how far a stream that follows has come, or that it is whole."""
         facts = facts_of(metadata)
-        self.settled_pk = facts.get("settled_pk")
+        self.settled_pk = _number(facts.get("settled_pk"))
         if "rows" not in facts:
             return
         receipt = receipt_of(facts, self.schema)
         if receipt.rows != self._rows:
             raise self._broken(f"does not match its receipt of {receipt.rows} events")
+        if receipt.checksum is None and "event_id" in self.schema.names:
+            raise self._broken("has no sum of event ids in its receipt")
         if receipt.checksum not in {None, self._checksum}:
             raise self._broken("has other event ids than its receipt says")
         # The end of the stream carries its status: only now is it known that the server agrees.
@@ -162,7 +181,7 @@ def facts_of(metadata: bytes) -> dict[str, Any]:
     """The JSON object that accompanies a message or a ``FlightInfo``. Raises ``FlightUnavailable``."""
     try:
         facts = json.loads(metadata)
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         raise _unreadable()
@@ -172,19 +191,33 @@ def facts_of(metadata: bytes) -> dict[str, Any]:
 def receipt_of(facts: dict[str, Any], schema: pa.Schema, rows: int | None = None) -> Receipt:
     """The receipt out of ``facts_of``; ``rows`` where they say none. Raises ``FlightUnavailable``."""
     try:
+        following = facts.get("next_ticket")
+        if not isinstance(following, str | None):
+            raise _unreadable()
         return Receipt(
-            rows=facts.get("rows", rows),
-            table_version=facts["table_version"],
-            complete_through=datetime.fromisoformat(facts["complete_through"]),
-            provisional_windows=facts["provisional_windows"],
-            missing_windows=facts["missing_windows"],
+            rows=_number(facts.get("rows", rows)),
+            table_version=_number(facts["table_version"]),
+            complete_through=as_utc(datetime.fromisoformat(facts["complete_through"])),
+            provisional_windows=_whole(facts["provisional_windows"]),
+            missing_windows=_whole(facts["missing_windows"]),
             schema=schema,
-            settled_pk=facts.get("settled_pk"),
-            checksum=facts.get("checksum"),
-            next_ticket=facts.get("next_ticket"),
+            settled_pk=_number(facts.get("settled_pk")),
+            checksum=_number(facts.get("checksum")),
+            next_ticket=following,
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise _unreadable() from None
+
+
+def _number(said: object) -> int | None:
+    return None if said is None else _whole(said)
+
+
+def _whole(said: object) -> int:
+    """A whole number of a receipt. Raises ``FlightUnavailable``."""
+    if type(said) is int:
+        return said
+    raise _unreadable()
 
 
 def _unreadable() -> FlightUnavailable:

@@ -58,6 +58,10 @@ _START_SECONDS = 60.0
 #: take 37 kB of the largest.
 _COUNTS = ("counter", "histogram", "gauge_livesum", "gauge_livemax", "gauge_livemin")
 _COUNTS_BYTES = 64 * 1024
+#: How long the workers may take to answer, all of them together, before the server is called not ready; two idle ones take less than 4 ms.
+_ANSWER_SECONDS = 2.0
+#: What a supervisor sends a worker, beside the numbers of signals, and gets back.
+_PING = b"\0"
 #: How long after its drain a worker may take to end before it is killed.
 _SPARE_SECONDS = 5.0
 
@@ -146,11 +150,48 @@ class _Worker:
     process: BaseProcess
     control: socket.socket
     began: float
+    #: Whether it has reported that it listens.
+    listens: bool = False
+    #: Whether it owes an answer, and when it gave the last one.
+    asked: bool = False
+    answered: float = 0.0
+
+    @property
+    def serves(self) -> bool:
+        """Whether it listens and has not ended; nobody else needs to have noticed that."""
+        return self.listens and not wait([self.process.sentinel], 0)
+
+    def ask(self) -> None:
+        """Have it answer, unless it was asked before and has not yet: what it is sent must not pile up."""
+        if not self.asked:
+            self.asked = True  # first: another thread may hear the answer at once
+            try:
+                self.control.send(_PING, socket.MSG_DONTWAIT)
+            except OSError:
+                self.asked = False
+
+    def answers(self, since: float, until: float) -> bool:
+        """Whether it answers between two times; several threads may ask at once."""
+        while self.answered < since:
+            left = until - time.monotonic()
+            # Not for long: another thread may take the answer.
+            if left <= 0 or (wait([self.control], min(left, 0.02)) and not self._hear()):
+                return False
+        return True
+
+    def _hear(self) -> bool:
+        try:
+            heard = self.control.recv(16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        self.asked, self.answered = False, time.monotonic()
+        return bool(heard)
 
 
 class _Fleet:
-    def __init__(self, settings: Settings, insecure: bool) -> None:
+    def __init__(self, settings: Settings, lake: Lake, insecure: bool) -> None:
         self._settings = settings
+        self._lake = lake
         self._insecure = insecure
         self._spawn = multiprocessing.get_context("spawn")
         self._deaths = 0
@@ -178,7 +219,18 @@ class _Fleet:
                     if isinstance(said, SettingsError)
                     else SettingsError("A Flight worker ended before it listened; see the log.")
                 )
-            self.url = said
+            self.url, worker.listens = said, True
+
+    def ready(self) -> bool:
+        """Whether there are workers that serve, and each of them answers: of one that hangs, connections hang as well."""
+        began = time.monotonic()
+        try:
+            serving = [worker for worker in list(self.workers) if worker.serves]
+            for worker in serving:
+                worker.ask()
+            return bool(serving) and all(worker.answers(began, began + _ANSWER_SECONDS) for worker in serving)
+        except (OSError, ValueError):  # one is being forgotten
+            return False
 
     def _launch(self) -> tuple[_Worker, Connection]:
         ours, theirs = socket.socketpair()
@@ -186,7 +238,8 @@ class _Fleet:
         # Settings that come from a file are of a class made for the call, which cannot travel: their values can.
         process = self._spawn.Process(
             target=_work,
-            args=(self._settings.model_dump(exclude_unset=True), self._insecure, theirs, sending),
+            # A worker that is replaced because the disk of the lake went away must not take that for a lake without windows.
+            args=(self._settings.model_dump(exclude_unset=True), self._lake.was_there, self._insecure, theirs, sending),
             name="flight worker",
         )
         process.start()
@@ -232,18 +285,18 @@ def _supervise(settings: Settings, insecure: bool, started: Callable[[Started], 
         stack.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR", None)
         # A ticket that one worker signs may be redeemed at another.
         key = settings.arrow_flight_ticket_key or secrets.token_hex(32)
-        fleet = _Fleet(settings.model_copy(update={"arrow_flight_bind": address, "arrow_flight_ticket_key": key}), insecure)
+        lake = Lake.of(settings)
+        fleet = _Fleet(settings.model_copy(update={"arrow_flight_bind": address, "arrow_flight_ticket_key": key}), lake, insecure)
         stack.callback(fleet.end)
         stack.callback(fleet.tell, signal.SIGTERM)
         fleet.start(settings.arrow_flight_workers, told)
         registry, summed = CollectorRegistry(), CollectorRegistry()
-        state = LakeState(Lake.of(settings), settings)
+        state = LakeState(lake, settings)
+        state.ready()  # a look, whatever it finds: for workers to come
         registry.register(state)
         MultiProcessCollector(summed, str(directory))  # type: ignore[no-untyped-call]
         draining = threading.Event()
-        metrics = _shown(
-            stack, settings, (summed, registry), lambda: not draining.is_set() and bool(fleet.workers) and state.ready()
-        )
+        metrics = _shown(stack, settings, (summed, registry), lambda: not draining.is_set() and fleet.ready() and state.ready())
         if fleet.url:  # else a signal came before
             started(Started(fleet.url, metrics))
         _tend(fleet, settings.arrow_flight_workers, directory, told)
@@ -321,7 +374,7 @@ def _held_port(address: str) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------------- worker
 
 
-def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report: Connection) -> None:
+def _work(chosen: dict[str, Any], lake_was_there: bool, insecure: bool, parent: socket.socket, report: Connection) -> None:
     # Ctrl-C reaches every process of a terminal; the supervisor decides what it means and says so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log_to_stderr()
@@ -329,14 +382,29 @@ def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report:
     pa.set_memory_pool(pa.system_memory_pool())
     try:
         _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
-        server = serve(Settings(**chosen), insecure=insecure, share_port=True)
+        settings = Settings(**chosen)
+        lake = Lake.of(settings)
+        lake.was_there = lake_was_there
+        server = serve(settings, lake=lake, insecure=insecure, share_port=True)
     except SettingsError as error:
         report.send(error)
         return
     report.send(server.url)
     report.close()
-    with server:
-        server.run_until_signal(parent)
+    signals, passed_on = socket.socketpair()
+    with server, signals:
+        threading.Thread(target=_answer, args=(parent, passed_on), name="control", daemon=True).start()
+        server.run_until_signal(signals)
+
+
+def _answer(parent: socket.socket, signals: socket.socket) -> None:
+    """Answer the supervisor that asks, and pass on what is a signal; its end is passed on as well."""
+    with signals, suppress(OSError):  # the server has stopped
+        while said := parent.recv(16):
+            if _PING in said:
+                parent.send(_PING)
+            if number := said.replace(_PING, b""):
+                signals.send(number)
 
 
 def _reserve(directory: Path) -> None:

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 import pyarrow as pa
 
-from fraiseql_pipeline.errors import LakeEmpty
+from fraiseql_pipeline.errors import LakeEmpty, LakeUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
 from fraiseql_pipeline.lake.entry import by_time
 from fraiseql_pipeline.lake.facts import Commit, Facts, Finding
@@ -120,13 +120,32 @@ class Lake:
         with self.events.lock:
             return self.events.newest() if self.events.refresh() else None
 
+    @property
+    def was_there(self) -> bool:
+        """Whether this object has read a lake, or was told of one that another process has read; it may be gone by now."""
+        return self.events.was_there
+
+    @was_there.setter
+    def was_there(self, known: bool) -> None:
+        self.events.was_there = known
+
+    def is_gone(self) -> bool:
+        """Whether the lake was there and is not there any more: ``published`` and ``newest`` say then that there is nothing."""
+        with self.events.lock:
+            return not self.events.refresh() and self.was_there
+
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The newest version, or an older one, pinned: what it lists stays readable until ``maintain`` removes it (7 days by default).
 
-        Raises ``LakeEmpty`` if there is no table.
+        Raises ``LakeEmpty`` if there is no table, ``LakeUnavailable`` where there was one: a disk that is not mounted looks like a
+        lake in which nothing was ever published.
         """
         with self.events.lock:
             if not self.events.refresh():
+                if self.was_there:
+                    raise LakeUnavailable(
+                        "The lake was there before and is not there at the moment; check its storage, and try again when it is back."
+                    )
                 raise LakeEmpty("Nothing is published in the lake yet; run fraiseql-pipeline materialize first.")
             if version is not None and version != self.events.version:
                 files = by_time(self.events.files_at(version))
@@ -151,12 +170,13 @@ class Lake:
         version: int | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """The events of [start, end) of one version in (timestamp, pk) order; see ``Snapshot.read``. Holes are not its business:
-        ``published`` tells which windows are there. Yields nothing if there is no table.
+        ``published`` tells which windows are there. Yields nothing if there is no table; raises ``LakeUnavailable`` as ``snapshot`` does.
         """
-        with self.events.lock:
-            if not self.events.refresh():
-                return iter(())
-        return self.snapshot(version).read(start, end, columns=columns, entity_types=entity_types)
+        try:
+            snapshot = self.snapshot(version)
+        except LakeEmpty:
+            return iter(())
+        return snapshot.read(start, end, columns=columns, entity_types=entity_types)
 
     def quarantined(self, window: Window, columns: Sequence[str] | None = None) -> pa.Table:
         """The rejected rows of a window as ``QUARANTINE_SCHEMA``, or some of its columns, ordered by pk; empty if there are none."""

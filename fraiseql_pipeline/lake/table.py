@@ -58,6 +58,8 @@ class Table:
         self.lock = threading.RLock()
         self.version = -1
         self.generation = 0
+        #: Whether a version of it has been read: one that is not there then is gone, and not to come.
+        self.was_there = False
         self._stamp: object = None  # of the entry of ``version``
         self.checkpoint_version = -1
         self._opened: DeltaTable | None = None
@@ -113,6 +115,7 @@ class Table:
 
     def _reach(self, version: int) -> None:
         self.version = version
+        self.was_there = True
         self._stamp = self.storage.stamp(entry_name(version))
 
     def _open(self, version: int | None = None) -> DeltaTable | None:

@@ -37,7 +37,7 @@ from tests.support.lakes import publish as publish_rows
 ROWS = 200_000
 EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
 PROGRAM = """
-from fraiseql_pipeline.flight.workers import _COUNTS, run
+from fraiseql_pipeline.flight.workers import run
 from fraiseql_pipeline.settings import Settings
 if __name__ == "__main__":
     run(Settings(), started=lambda where: print(where.url, where.metrics_url, flush=True))
@@ -375,7 +375,9 @@ def counted(directory: Path, *rest: str) -> list[str]:
     """What a process says that counts as a worker does."""
     directory.mkdir()
     environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "PROMETHEUS_MULTIPROC_DIR": str(directory)}
-    ended = subprocess.run([sys.executable, "-c", COUNTS, *rest], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", COUNTS, *rest], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
     return ended.stdout.splitlines()
 
 
@@ -389,6 +391,46 @@ def test_a_worker_without_room_for_its_counts_does_not_start_and_leaves_nothing(
     [said] = counted(tmp_path / "counts", "full")
     assert "make room in the temporary directory" in said
     assert said.endswith(" 0")
+
+
+def test_workers_that_hang_or_have_ended_are_not_ready(start: Start) -> None:
+    process, _, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2")
+    workers = workers_of(process)
+    assert get(f"{metrics}/readyz")[0] == 200
+    workers[0].suspend()
+    assert get(f"{metrics}/readyz")[0] == 503, "half of the connections hang"
+    workers[0].resume()
+    eventually(lambda: get(f"{metrics}/readyz")[0] == 200)
+    for worker in workers:
+        worker.kill()
+    psutil.wait_procs(workers, 10)
+    assert get(f"{metrics}/readyz")[0] == 503, "those that replace them have not reported yet"
+    eventually(lambda: get(f"{metrics}/readyz")[0] == 200)
+
+
+@pytest.mark.slow
+def test_a_worker_that_replaces_one_does_not_take_a_lake_that_is_gone_for_an_empty_one(start: Start, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    publish(Lake(str(lake)), hour(0), lake_events(hour(0), 5))
+    process, url, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2", FRAISEQL_LAKE_URI=str(lake))
+    lake.rename(tmp_path / "elsewhere")
+    workers = workers_of(process)
+    for worker in workers:
+        worker.kill()
+    psutil.wait_procs(workers, 10)
+
+    def told() -> str:
+        try:
+            return str(read_whole(url))
+        except PipelineError as error:
+            return str(error)
+
+    eventually(lambda: "No Flight server answers" not in told())
+    assert "was there before and is not there at the moment" in told()
+    assert get(f"{metrics}/readyz")[0] == 503
+    (tmp_path / "elsewhere").rename(lake)
+    assert told() == "5"
+    eventually(lambda: get(f"{metrics}/readyz")[0] == 200)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from fraiseql_pipeline.errors import InputError, LakeDamaged
+from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.window import Window
@@ -322,6 +322,9 @@ def test_a_lake_that_was_removed_made_anew_or_restored_is_noticed(lake: Lake, tm
 
     shutil.rmtree(lake.uri)
     assert held() == (0, [])
+    for reads in (lake.snapshot, lambda: read(lake, HOUR.start, NEXT.end)):
+        with pytest.raises(LakeUnavailable, match="was there before and is not there at the moment"):
+            reads()
 
     publish(Lake(lake.uri), HOUR, 3)  # by another process; the same version as before, of another table
     publish(Lake(lake.uri), NEXT, 1)
