@@ -151,12 +151,12 @@ def _where(connection: psycopg.Connection[tuple[object, ...]]) -> str:
 
 
 @contextmanager
-def open_changelog(settings: Settings, *, create: bool = False, samples: bool = True) -> Iterator[ChangeLog]:
+def open_changelog(settings: Settings, *, create: bool = False, samples: bool = False) -> Iterator[ChangeLog]:
     """The change log of ``settings.database_url``; touches nothing until it is asked.
 
-    Where no URL is set: the embedded one under the working directory, its server started or joined, filled with sample events at first
-    use; not so with ``samples`` off, nor where the lake is in an object store or a variable looks like a misspelt URL: nobody wants made-up
-    events there, and there is a ``SettingsError``. ``create`` makes the contract where it is missing, wherever the log is, and writes
+    Where no URL is set: the embedded one under the working directory, its server started or joined. Where there is none either,
+    ``samples`` has it made and filled with sample events; without ``samples``, and where the lake is in an object store or a variable looks
+    like a misspelt URL, nobody wants made-up events, and there is a ``SettingsError``. ``create`` makes the contract where it is missing, wherever the log is, and writes
     no events.
     """
     with ExitStack() as stack:
