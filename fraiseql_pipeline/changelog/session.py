@@ -21,7 +21,6 @@ from typing import Any
 import adbc_driver_manager
 import adbc_driver_postgresql
 import pyarrow as pa
-import pyarrow.compute as pc
 from adbc_driver_manager import AdbcConnection, AdbcStatement
 from adbc_driver_manager._reader import AdbcRecordBatchReader  # the only reader that keeps the SQLSTATE of an error
 from psycopg.conninfo import make_conninfo
@@ -172,14 +171,6 @@ def _aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
             )
         columns.append(column if column.type.equals(field.type) and not pa.types.is_list(field.type) else column.cast(field.type))
     return pa.RecordBatch.from_arrays(columns, schema=BATCH_SCHEMA)
-
-
-def in_order(batch: pa.RecordBatch) -> bool:
-    """Whether (timestamp, pk) increases from each row to the next."""
-    at, pk = batch.column("timestamp").cast(pa.int64()), batch.column("pk")
-    at, next_at, pk, next_pk = at[:-1], at[1:], pk[:-1], pk[1:]
-    rises = pc.or_(pc.less(at, next_at), pc.and_(pc.equal(at, next_at), pc.less(pk, next_pk)))
-    return pc.all(rises, min_count=0).as_py() is True and at.null_count == 0
 
 
 def key(batch: pa.RecordBatch, row: int) -> tuple[int, int]:

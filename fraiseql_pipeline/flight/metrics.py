@@ -29,7 +29,7 @@ from fraiseql_pipeline.errors import PipelineError, SettingsError
 from fraiseql_pipeline.flight.auth import REASONS
 from fraiseql_pipeline.flight.frames import Figures
 from fraiseql_pipeline.lake import Lake
-from fraiseql_pipeline.lake.publish import package_version
+from fraiseql_pipeline.version import package_version
 
 _log = logging.getLogger(__name__)
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)

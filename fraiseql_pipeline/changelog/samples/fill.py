@@ -27,10 +27,11 @@ from typing import Any, Protocol
 import polars as pl
 import psycopg
 
-from fraiseql_pipeline.changelog import embedded, sample
-from fraiseql_pipeline.changelog.binary import copied
+from fraiseql_pipeline.changelog import embedded
 from fraiseql_pipeline.changelog.connection import TABLE, connect, sql, translated
 from fraiseql_pipeline.changelog.contract import ACCEPTED_TYPES
+from fraiseql_pipeline.changelog.samples import sample
+from fraiseql_pipeline.changelog.samples.binary import copied
 from fraiseql_pipeline.errors import InputError, SourceRefused
 
 #: How many events the embedded log gets when nobody fills it on purpose.
