@@ -81,6 +81,7 @@ def events_committed(done: Materialization) -> dict[str, Any]:
         **_window(done),
         "quarantined rows": commit.quarantined_rows,
         "source rows": commit.source_rows,
+        "late rows": commit.late_rows,
         "table version": commit.table_version,
         "content hash": commit.content_hash,
         "stored bytes": commit.bytes,

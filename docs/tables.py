@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -19,14 +20,15 @@ from pydantic.fields import FieldInfo
 from fraiseql_pipeline import ticket, validate
 from fraiseql_pipeline.errors import PipelineError
 from fraiseql_pipeline.event import COLUMNS, EVENT_TYPES, EXTRACTED, QUARANTINE_SCHEMA, VERBS, Column, Rule
+from fraiseql_pipeline.flight import received
 from fraiseql_pipeline.flight.edge import METHODS
 from fraiseql_pipeline.flight.metrics import LakeState, Metrics
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.flight.received import Receipt
 from fraiseql_pipeline.settings import Settings
 
 HERE = Path(__file__).parent
 PAGES = (
-    *(HERE / name for name in ("clients.md", "configuration.md", "operations.md", "performance.md")),
+    *(HERE / name for name in ("clients.md", "configuration.md", "operations.md", "performance.md", "tuning.md")),
     HERE.parent / "README.md",
 )
 
@@ -55,6 +57,9 @@ MISSED = {
     "server, the driver, validation and Parquet, and the driver costs most after the server ([0002](decisions/0002-adbc-reads.md)).",
     "events/s of one warm stream in compact+zstd": "One stream is bound by its reader, who decompresses, and events per second follow the machine. "
     "The budget was set on events of the width of `typical`; `wide` has more bytes to decompress per event.",
+    "first batch in ms, cold, slowest of all encodings": "The slowest is the first batch that a new server sends at all: it opens the table, "
+    "sorts its files and windows, and runs much of its code for the first time. On a server that has sent anything, a cold first batch of "
+    "any encoding keeps the budget.",
     "bytes per event, event JSON / compact+zstd": "Most of a `wide` event is its nested document, which is sent as JSON text, so only zstd makes it "
     "smaller. The budget was set on events of the width of `typical`.",
 }
@@ -82,6 +87,20 @@ TICKET_KEYS = {
     "limit": ("100", "most events of the whole stream, the first in order"),
     "follow": ("true", "go on as events settle; `end` must be `now` or later, and no `table_version` named"),
     "allow_missing": ("true", "leave out windows that are not published; else a hole in the range is an error that names it"),
+}
+
+#: What a field of a receipt means; the fields are those of ``flight/received.py``, and how the stream was encoded.
+RECEIPT_FIELDS = {
+    "rows": "events of the stream; in `info`, null where the range cuts a window or a filter applies",
+    "checksum": "sum of the event ids modulo 2^64, as `fraiseql_pipeline.encoding.checksum` makes it; null where they were not sent",
+    "table_version": "the version of the table that was read; null while nothing is published",
+    "complete_through": "published windows end here, or all that had settled by then is in: what the range has behind it is not among the events",
+    "settled_pk": "every event of the range up to this key is in; null where that is not known",
+    "provisional_windows": "windows of the range to which transactions that were open may add events",
+    "missing_windows": "windows of the range that are not published and were skipped, because the ticket allows it",
+    "next_ticket": "the ticket for what comes after this stream; null behind a `limit`, and where the log is followed but cannot be reached",
+    "profile": "how the events were sent: `plain` or `compact`",
+    "codec": "likewise: `none`, `lz4` or `zstd`",
 }
 
 _NULL = {
@@ -147,6 +166,14 @@ def tickets() -> str:
     return _table(("key", "for example", "meaning"), rows)
 
 
+def receipts() -> str:
+    known = {field.name for field in fields(Receipt)} - {"schema"} | {"profile", "codec"}
+    if known != RECEIPT_FIELDS.keys():
+        raise KeyError(f"RECEIPT_FIELDS must say what {sorted(known ^ RECEIPT_FIELDS.keys())} mean.")
+    rows = [(f"`{name}`", text, f"`fraiseql.{name}`" if name in received._KEPT else "") for name, text in RECEIPT_FIELDS.items()]
+    return _table(("field", "meaning", "in the table's metadata"), rows)
+
+
 def errors() -> str:
     rows = [
         ("&nbsp;" * 4 * depth + f"`{kind.__name__}`", str(kind.exit_code), "yes" if kind.retryable else "no")
@@ -199,6 +226,22 @@ def shapes() -> str:
     return _table(("shape", "event JSON, all fields", "plain, the eight columns", "plain+zstd", "compact+zstd"), rows)
 
 
+def encodings() -> str:
+    """What each encoding costs and gives, of events as wide as `typical`."""
+    results = json.loads((MEASUREMENTS / "flight.json").read_text(encoding="utf-8"))["results"]
+    found = {(result["case"], result["metric"]): result.get("median") for result in results}
+    rows = []
+    for name in get_args(Settings.model_fields["arrow_flight_encoding"].annotation):
+        cells = (
+            found.get((name, "bytes_per_event")),
+            found.get((f"warm {name}", "rate")),
+            found.get((f"cold {name}", "rate")),
+            found.get((f"cold {name}", "first_batch")),
+        )
+        rows.append((f"`{name}`", *("not measured" if cell is None else _number(cell) for cell in cells)))
+    return _table(("encoding", "bytes per event", "events/s, kept", "events/s, made for this read", "first batch then, ms"), rows)
+
+
 def machine() -> str:
     """What the figures were measured on."""
     found = {json.dumps(report["machine"], sort_keys=True): report["machine"] for report in _reports()}
@@ -217,7 +260,7 @@ def _held(ratio: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def metrics() -> str:
-    shown = [*Metrics(METHODS).registry.collect(), *LakeState(Lake("")).described()]
+    shown = [*Metrics(METHODS).registry.collect(), *LakeState.described().values()]
     rows = [(f"`{m.name}{'_total' if m.type == 'counter' else ''}`", m.type, m.documentation) for m in shown]
     return _table(("metric", "type", "meaning"), sorted(rows))
 
@@ -229,12 +272,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "quarantine": quarantine,
     "reasons": reasons,
     "tickets": tickets,
+    "receipts": receipts,
     "verbs": verbs,
     "errors": errors,
     "measured": measured,
     "machine": machine,
     "highlights": highlights,
     "missed": missed,
+    "encodings": encodings,
     "shapes": shapes,
 }
 

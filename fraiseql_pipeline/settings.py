@@ -364,6 +364,7 @@ def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _nearest(name: str) -> str | None:
-    known = list(Settings.model_fields)
-    near = get_close_matches(name.lower(), known, 1, _NEAR)
-    return near[0] if near else next((other for other in known if name and other.startswith(f"{name.lower()}_")), None)
+    """The setting that was probably meant; in a file, names have no prefix."""
+    name, known = name.lower().removeprefix("fraiseql_"), list(Settings.model_fields)
+    near = get_close_matches(name, known, 1, _NEAR)
+    return near[0] if near else next((other for other in known if name and other.startswith(f"{name}_")), None)

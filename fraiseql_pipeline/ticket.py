@@ -103,8 +103,11 @@ class Ticket:
             raise TicketError("A ticket must name each column once.")
 
     @classmethod
-    def parse(cls, data: bytes, now: datetime) -> Ticket:
-        """The ticket in any of its forms; ``now`` is what its ``now`` means. Raises ``TicketError``."""
+    def parse(cls, data: bytes, now: datetime, *, partial: bool = False) -> Ticket:
+        """The ticket in any of its forms; ``now`` is what its ``now`` means. Raises ``TicketError``.
+
+        ``partial``: what a JSON ticket leaves out is everything, the type of ticket, the entity types and the times too.
+        """
         if len(data) > MAX_BYTES:
             raise TicketError(f"A ticket must not exceed {MAX_BYTES // 1024} KiB, got {len(data)} bytes.")
         try:
@@ -112,7 +115,7 @@ class Ticket:
         except UnicodeDecodeError as error:
             raise TicketError(f"A ticket must be UTF-8 text, byte {error.start} is not.") from None
         if text.lstrip(" \t\r\n").startswith("{"):
-            return _from_json(text, now)
+            return _from_json(text, now, partial=partial)
         if len(data) > MAX_TEXT_BYTES:
             raise TicketError(
                 f"A text ticket must not exceed {MAX_TEXT_BYTES // 1024} KiB, got {len(data)} bytes; a JSON ticket may."
@@ -182,12 +185,17 @@ def _decoded(part: str) -> str:
 # -------------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _from_json(text: str, now: datetime) -> Ticket:
+_EVERYTHING = {"type": "events", "entity_type": "*", "start": "0001-01-01T00:00:00Z", "end": "9999-12-31T23:59:59.999999Z"}
+
+
+def _from_json(text: str, now: datetime, *, partial: bool) -> Ticket:
     try:
         said = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):  # the parser's own words would quote the ticket
         raise TicketError(f"A ticket that starts with a brace must be a JSON object, got {_shown(text)}.") from None
     said = {key: value for key, value in said.items() if value is not None}
+    if partial and said.get("type", "events") == "events":
+        said = _EVERYTHING | said
     kind = said.pop("type", None)
     if kind == "events":
         return _from_ours(said, now)

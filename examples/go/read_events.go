@@ -1,14 +1,18 @@
 // Read the events of a ticket over Arrow Flight and count them.
 //
 //	go run . grpc://localhost:50051 'events:Order:now-1h:now:10000'
+//	go run . --ca ca.pem --token-file token grpc+tls://HOST:50051 'events:Order:now-1h:now:10000'
 //
 // The stream is read batch by batch, so any range fits into memory. Nothing is printed unless all of it arrived.
 package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"slices"
@@ -19,9 +23,37 @@ import (
 	"github.com/apache/arrow-go/v18/arrow/array"
 	"github.com/apache/arrow-go/v18/arrow/flight"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
+
+// access is what a server asks for that is not open to everyone: names of files, empty where they are not needed.
+type access struct {
+	ca, tokenFile, cert, key string
+}
+
+// secured says how to reach a server over TLS.
+func (a access) secured() (credentials.TransportCredentials, error) {
+	config := &tls.Config{}
+	if a.ca != "" { // else the authorities of the system
+		pem, err := os.ReadFile(a.ca)
+		if err != nil {
+			return nil, err
+		}
+		config.RootCAs = x509.NewCertPool()
+		config.RootCAs.AppendCertsFromPEM(pem)
+	}
+	if a.cert != "" {
+		pair, err := tls.LoadX509KeyPair(a.cert, a.key)
+		if err != nil {
+			return nil, err
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return credentials.NewTLS(config), nil
+}
 
 // summary is what the programs of every language print.
 type summary struct {
@@ -71,12 +103,21 @@ func (s *summary) print() {
 	}
 }
 
-func read(url, ticket string) (*summary, error) {
-	address, found := strings.CutPrefix(url, "grpc://")
-	if !found {
-		return nil, fmt.Errorf("the URL must be grpc://host:port, got %q", url)
+func read(url, ticket string, given access) (*summary, error) {
+	scheme, address, _ := strings.Cut(url, "://")
+	transport := insecure.NewCredentials()
+	switch scheme {
+	case "grpc":
+	case "grpc+tls":
+		secured, err := given.secured()
+		if err != nil {
+			return nil, err
+		}
+		transport = secured
+	default:
+		return nil, fmt.Errorf("the URL must be grpc://host:port or grpc+tls://host:port, got %q", url)
 	}
-	client, err := flight.NewClientWithMiddleware(address, nil, nil, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	client, err := flight.NewClientWithMiddleware(address, nil, nil, grpc.WithTransportCredentials(transport))
 	if err != nil {
 		return nil, err
 	}
@@ -84,6 +125,13 @@ func read(url, ticket string) (*summary, error) {
 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	if given.tokenFile != "" {
+		token, err := os.ReadFile(given.tokenFile)
+		if err != nil {
+			return nil, err
+		}
+		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+strings.TrimSpace(string(token)))
+	}
 	stream, err := client.DoGet(ctx, &flight.Ticket{Ticket: []byte(ticket)})
 	if err != nil {
 		return nil, err
@@ -112,11 +160,18 @@ func read(url, ticket string) (*summary, error) {
 }
 
 func main() {
-	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: read_events grpc://host:port TICKET")
+	var given access
+	flag.StringVar(&given.ca, "ca", "", "for grpc+tls://: PEM `file` of the authorities to trust, instead of the system's")
+	flag.StringVar(&given.tokenFile, "token-file", "", "`file` that holds the bearer token")
+	flag.StringVar(&given.cert, "cert", "", "PEM `file` of a client certificate, with -key")
+	flag.StringVar(&given.key, "key", "", "PEM `file` of its private key")
+	flag.Parse()
+	if flag.NArg() != 2 {
+		fmt.Fprintln(os.Stderr, "usage: read_events [options] grpc://host:port TICKET")
+		flag.PrintDefaults()
 		os.Exit(2)
 	}
-	events, err := read(os.Args[1], os.Args[2])
+	events, err := read(flag.Arg(0), flag.Arg(1), given)
 	if err != nil {
 		var refused interface{ GRPCStatus() *status.Status }
 		if errors.As(err, &refused) {

@@ -1,6 +1,7 @@
 """Load the events of a ticket into ClickHouse and let it count them.
 
     python clickhouse_ingestion.py [URL] [TICKET] [--host localhost] [--port 8123] [--interface chdb]
+    python clickhouse_ingestion.py --ca ca.pem --token-file token grpc+tls://HOST:50051 [TICKET] …
 
 Needs pyarrow and clickhouse-connect. The Arrow table goes in as it came: no row is ever a Python object. ``--interface chdb`` (needs
 chdb) does the same in this process, without a server. The table is made if it is missing; loading a ticket again doubles nothing for
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import clickhouse_connect
 import pyarrow as pa
@@ -51,6 +53,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Load events into ClickHouse.")
     arguments.add_argument("url", nargs="?", default="grpc://localhost:50051")
     arguments.add_argument("ticket", nargs="?", default="events:*:now-24h:now:10000")
+    arguments.add_argument("--token-file", type=Path, help="file that holds the bearer token")
+    arguments.add_argument("--ca", help="for grpc+tls://: PEM file of the authorities to trust, instead of the system's")
+    arguments.add_argument("--cert", help="PEM file of a client certificate, with --key")
+    arguments.add_argument("--key", help="PEM file of its private key")
     arguments.add_argument("--host", default="localhost")
     arguments.add_argument("--port", type=int, default=8123)
     arguments.add_argument("--user", default="default")
@@ -60,9 +66,11 @@ def main() -> None:
     chosen = arguments.parse_args()
 
     # Fetch events from Flight
-    client = flight.connect(chosen.url)
+    files = {"tls_root_certs": chosen.ca, "cert_chain": chosen.cert, "private_key": chosen.key}
+    headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
+    client = flight.connect(chosen.url, **{name: Path(file).read_bytes() for name, file in files.items() if file})
     try:
-        table = client.do_get(flight.Ticket(chosen.ticket)).read_all()
+        table = client.do_get(flight.Ticket(chosen.ticket), flight.FlightCallOptions(headers=headers)).read_all()
     except (flight.FlightError, pa.ArrowException) as refused:
         sys.exit(str(refused))
 

@@ -2,6 +2,7 @@
 # Read the events of a ticket over Arrow Flight into a data frame and count them.
 #
 #     Rscript read_events.R grpc://localhost:50051 'events:Order:now-1h:now:10000'
+#     Rscript read_events.R --ca ca.pem --token-file token grpc+tls://HOST:50051 'events:Order:now-1h:now:10000'
 #
 # R speaks Flight through Python's pyarrow, by way of reticulate (as the arrow package does, too). RETICULATE_PYTHON names the
 # Python that has pyarrow, if it is not the one on the path.
@@ -9,12 +10,19 @@
 suppressPackageStartupMessages(library(reticulate))
 
 # The Arrow table of a ticket; an R error if the server refuses it or the stream breaks off.
-read_table <- function(url, ticket) {
+read_table <- function(url, ticket, ca = NULL, token = NULL, cert = NULL, key = NULL) {
   flight <- import("pyarrow.flight", convert = FALSE)
-  client <- flight$connect(url)
+  client <- flight$connect(url, tls_root_certs = pem(ca), cert_chain = pem(cert), private_key = pem(key))
   on.exit(client$close())
-  client$do_get(flight$Ticket(ticket))$read_all()
+  headers <- if (is.null(token)) list() else list(tuple(ascii("authorization"), ascii(paste("Bearer", token))))
+  client$do_get(flight$Ticket(ticket), flight$FlightCallOptions(headers = headers))$read_all()
 }
+
+# Python's bytes of a text.
+ascii <- function(text) import_builtins(convert = FALSE)$bytes(text, "ascii")
+
+# The bytes of a PEM file, as Python has them.
+pem <- function(file) if (is.null(file)) NULL else import("pathlib", convert = FALSE)$Path(file)$read_bytes()
 
 # An Arrow table as a data frame: text as character, times as POSIXct in UTC, nulls as NA.
 as_data_frame <- function(table) {
@@ -39,11 +47,19 @@ as_vector <- function(values, missing) {
 }
 
 main <- function(arguments) {
+  options <- list()
+  while (length(arguments) > 3 && arguments[[1]] %in% c("--ca", "--token-file", "--cert", "--key")) {
+    options[[sub("--", "", arguments[[1]])]] <- arguments[[2]]
+    arguments <- arguments[-(1:2)]
+  }
   if (length(arguments) != 2) {
-    message("usage: read_events.R grpc://host:port TICKET")
+    message("usage: read_events.R [--ca FILE] [--token-file FILE] [--cert FILE --key FILE] URL TICKET")
     quit(status = 2)
   }
-  events <- as_data_frame(read_table(arguments[[1]], arguments[[2]]))
+  token <- if (is.null(options[["token-file"]])) NULL else trimws(readLines(options[["token-file"]])[[1]])
+  events <- as_data_frame(
+    read_table(arguments[[1]], arguments[[2]], options[["ca"]], token, options[["cert"]], options[["key"]])
+  )
 
   cat(sprintf("rows=%d\n", nrow(events)))
   cat(sprintf("without_user=%d\n", sum(is.na(events$user_id))))

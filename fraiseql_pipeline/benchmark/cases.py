@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -139,6 +140,67 @@ def _cost_per_window(arguments: Mapping[str, Any], at: Path, case: str) -> dict[
         began = time.perf_counter()
         pipeline.materialize(added, settings=settings, changelog=changelog, lake=lake)
         return {"seconds_per_window": (time.perf_counter() - began) / len(added)}
+
+
+#: Plans of which the median is taken.
+_PLANS = 21
+
+
+def _case_plan(arguments: Mapping[str, Any], at: Path) -> dict[str, float]:
+    """A ticket over all windows, shared out over endpoints, each of which names what it reads: once where the version's view is kept, and
+    as the first after a commit, which makes a new one. In memory, over windows of one file each: where they lie is not read.
+    """
+    del at
+    from fraiseql_pipeline.flight.plan import plan
+    from fraiseql_pipeline.flight.view import View
+    from fraiseql_pipeline.lake import Commit, File, Snapshot
+    from fraiseql_pipeline.lake.storage import LocalStorage
+    from fraiseql_pipeline.ticket import Ticket
+
+    windows = hours(Window.parse(arguments["day"]), arguments["standing"]["many"])[:-_ADDED]
+    rows = 10_000
+    published = {
+        window: Commit(
+            window=window,
+            outcome="published",
+            table_version=version,
+            quarantine_version=None,
+            settled_pk=version,
+            state="sealed",
+            source_rows=rows,
+            accepted_rows=rows,
+            quarantined_rows=0,
+            content_hash="",
+            bytes=0,
+            run_id="bench",
+            committed_at=window.end,
+            settled_at=window.end,
+            identity="bench",
+        )
+        for version, window in enumerate(windows)
+    }
+    files = tuple(
+        File(f"{window.key}.parquet", str(window.start.date()), 1, rows, window.micros[0], window.micros[1] - 1)
+        for window in windows
+    )
+    snapshot = Snapshot(len(windows), files, published, LocalStorage(Path("nowhere")))
+    ticket = Ticket(start=windows[0].start, end=windows[-1].end)
+
+    def planned(view: View | None) -> tuple[float, View]:
+        began = time.perf_counter()
+        view = view or View.after(before, snapshot)
+        decided = plan(ticket, view, first=windows[0].start, size=WindowSize.HOUR)
+        found = sum(len(list(part.units())) for part in decided.parts())
+        seconds = time.perf_counter() - began
+        assert found >= len(windows)
+        return seconds * 1000, view
+
+    before = View(snapshot)
+    _, view = planned(None)
+    return {
+        "plan": statistics.median(planned(view)[0] for _ in range(_PLANS)),
+        "first_plan": statistics.median(planned(None)[0] for _ in range(_PLANS)),
+    }
 
 
 def _lake_of_day(arguments: Mapping[str, Any], at: Path) -> Settings:

@@ -53,7 +53,8 @@ def materialize(database_url: str, day: Window, rows: int, *, rounds: int = 3, t
 def windows(
     database_url: str, day: Window, *, few: int = 10, many: int = 10_000, rounds: int = 3, tell: Told = lambda _: None
 ) -> Report:
-    """Cost of one more window in a lake of ``few`` and of ``many`` windows; the windows are empty, so only the fixed cost is left.
+    """Cost of one more window in a lake of ``few`` and of ``many`` windows; the windows are empty, so only the fixed cost is left. And of a
+    plan over ``many``.
 
     The two lakes are published once; every round works on links of their files, which nothing alters once they are written.
     """
@@ -63,13 +64,27 @@ def windows(
             tell(f"publishing {count:,} empty windows")
             publish_empty(database_url, Path(directory) / case, day, count)
         arguments = {"url": database_url, "day": day.key, "lakes": directory, "standing": standing}
-        measured = _rounds(standing, arguments, rounds, tell)
+        measured = _rounds((*standing, "plan"), arguments, rounds, tell)
     cost = _over(measured, "many", "few", "seconds_per_window")
     return Report(
         "windows",
         many,
-        (_result(measured, "few", "seconds_per_window", "s"), _result(measured, "many", "seconds_per_window", "s")),
-        (Ratio(f"cost of a window, at {many:,} windows / at {few:,}", cost, 1.2, at_most=True),),
+        (
+            _result(measured, "few", "seconds_per_window", "s"),
+            _result(measured, "many", "seconds_per_window", "s"),
+            _result(measured, "plan", "plan", "ms"),
+            _result(measured, "plan", "first_plan", "ms"),
+        ),
+        (
+            Ratio(f"cost of a window, at {many:,} windows / at {few:,}", cost, 1.2, at_most=True),
+            Ratio(f"plan over {many:,} windows in ms", _median(measured["plan"].get("plan")), 20, at_most=True),
+            Ratio(
+                f"plan over {many:,} windows in ms, the first after a commit",
+                _median(measured["plan"].get("first_plan")),
+                20,
+                at_most=True,
+            ),
+        ),
     )
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,12 +30,18 @@ from fraiseql_pipeline.version import package_version
 
 
 class Commands(click.Group):
-    """A group whose commands end in one sentence instead of a traceback, and which takes ``--json`` wherever it stands."""
+    """A group whose commands end in one sentence instead of a traceback, and which takes its own options wherever they stand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--json" in args:
-            args = ["--json", *(arg for arg in args if arg != "--json")]
-        return super().parse_args(ctx, args)
+        own: list[str] = []
+        others: list[str] = []
+        words = iter(args)
+        for word in words:
+            if word == "--config":
+                own += [word, *islice(words, 1)]
+            else:
+                (own if word == "--json" or word.startswith("--config=") else others).append(word)
+        return super().parse_args(ctx, [*own, *others])
 
     def invoke(self, ctx: click.Context) -> object:
         try:

@@ -7,29 +7,42 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fraiseql_pipeline.cli.events import Write, show, write_to
+from fraiseql_pipeline.cli.events import Write, grow_at, show, show_as_they_come, write_to
+from fraiseql_pipeline.cli.follow import Followed, follow
 from fraiseql_pipeline.cli.output import Output, pass_output
-from fraiseql_pipeline.errors import InputError, NotAuthenticated
+from fraiseql_pipeline.errors import InputError, NotAuthenticated, WindowMissing
 from fraiseql_pipeline.event import UUID_PATTERN
 from fraiseql_pipeline.flight.auth import SCOPES, new_token
-from fraiseql_pipeline.flight.client import Client, connect
+from fraiseql_pipeline.flight.client import Client, Tls, connect
 from fraiseql_pipeline.flight.plan import plan
+from fraiseql_pipeline.flight.received import Receipt, facts_of, receipt_of
 from fraiseql_pipeline.flight.view import pinned
 from fraiseql_pipeline.flight.workers import Started, log_to_stderr, run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket
+from fraiseql_pipeline.window import Window, WindowSize
 
 #: Events whose type is looked at when a read found none of the asked type, and types that are named then.
 _LOOKED_AT = 200_000
 _NAMED = 10
+
+#: Of a receipt, what --json tells.
+_TOLD = ("table_version", "complete_through", "settled_pk", "provisional_windows", "missing_windows", "next_ticket")
+
+_WITHOUT_A_LOG = (
+    "Reads end at what is published. With FRAISEQL_DATABASE_URL set to the change log they reach up to now; the embedded Postgres of the "
+    "samples cannot be followed, it runs only while a command uses it."
+)
+
+_READS_ON = "A server that follows the change log has more: `fraiseql-pipeline serve`, and --url here."
 
 
 @click.command()
@@ -44,6 +57,8 @@ def serve(output: Output, insecure: bool) -> None:
     def started(where: Started) -> None:
         metrics = "no metrics" if where.metrics_url is None else f"metrics on {where.metrics_url}/metrics"
         output.say(f"Arrow Flight on {where.url}, {metrics}, lake {settings.lake_uri}, {_changing(settings)}; Ctrl-C stops it.")
+        if settings.database_url is None:
+            output.remark(_WITHOUT_A_LOG)
         output.result({"url": where.url, "metrics_url": where.metrics_url})
 
     run(settings, insecure=insecure, started=started)
@@ -88,6 +103,12 @@ def token(output: Output, principal: str, org_id: str | None, scopes: tuple[str,
     type=click.Path(path_type=Path, dir_okay=False),
     help="PEM file of the authorities to trust for --url; without it, the system's.",
 )
+@click.option(
+    "--cert-chain", type=click.Path(path_type=Path, dir_okay=False), help="PEM file of this client's certificate, for mutual TLS."
+)
+@click.option(
+    "--private-key", type=click.Path(path_type=Path, dir_okay=False), help="PEM file of the private key of that certificate."
+)
 @click.option("--allow-missing", is_flag=True, help="Skip windows that are not published, instead of refusing the range.")
 @pass_output
 def read(
@@ -97,57 +118,136 @@ def read(
     url: str | None,
     token_file: Path | None,
     tls_root_certs: Path | None,
+    cert_chain: Path | None,
+    private_key: Path | None,
     allow_missing: bool,
 ) -> None:
     """Read the events of a TICKET, for example events:Order:now-1h:now:5000; without --output, the first ones are shown.
 
-    --json tells how many there were; --output events.json writes the events themselves, one JSON object per line.
+    Without --url this is the lake alone, which ends at what is published, whatever FRAISEQL_DATABASE_URL says. A server that
+    `serve` has started with it also has what settled since.
+
+    --json tells how many there were and what the receipt says; --output events.json writes the events themselves, one JSON
+    object per line. Those of a ticket that follows are shown, or written into a .json or .csv file, as they come, until
+    Ctrl-C; with an after_pk, they are added to the file.
     """
-    for option, given in (("--token-file", token_file), ("--tls-root-certs", tls_root_certs)):
+    tls: Tls = {"tls_root_certs": tls_root_certs, "cert_chain": cert_chain, "private_key": private_key}
+    for name, given in {"token_file": token_file, **tls}.items():
         if given is not None and url is None:
+            option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} is for a Flight server; name one with --url, or leave {option} out.")
+    if (cert_chain is None) != (private_key is None):
+        raise InputError("--cert-chain and --private-key belong together; give both, or neither.")
     now = datetime.now(UTC)
+    asked = Ticket.parse(ticket.encode(), now)
     if allow_missing:
-        ticket = replace(Ticket.parse(ticket.encode(), now), allow_missing=True).json
+        asked = replace(asked, allow_missing=True)
+        ticket = asked.json
+    with ExitStack() as stack:
+        client = None if url is None else stack.enter_context(_connected(url, token_file, tls))
+        if asked.follow:
+            _read_on(output, client, ticket, asked, target)
+        else:
+            _read(output, client, ticket, asked, target, now)
+
+
+def _read(output: Output, client: Client | None, ticket: str, asked: Ticket, target: Path | None, now: datetime) -> None:
     write = write_to(target) if target is not None else show(output)
     began = time.perf_counter()
-    with ExitStack() as stack:
-        if url is not None:
-            rows, why = _from_server(stack.enter_context(_connected(url, token_file, tls_root_certs)), ticket, now, write)
-        else:
-            rows, why = _from_lake(output.settings, Ticket.parse(ticket.encode(), now), write)
-    seconds = time.perf_counter() - began
-    output.result({"rows": rows, "seconds": seconds, "output": None if target is None else str(target)})
-    output.say(f"{rows:,} events in {seconds:.2f} s" + (f", written to {target}." if target else "."))
-    if why:
-        output.remark(why)
+    if client is None:
+        rows, receipt, remarks = _from_lake(output, asked, now, write)
+    else:
+        rows, receipt, remarks = _from_server(output, client, ticket, asked, now, write)
+    _tell(output, rows, time.perf_counter() - began, target, receipt)
+    for remark in remarks:
+        output.remark(remark)
 
 
-def _from_lake(settings: Settings, asked: Ticket, write: Write) -> tuple[int, str]:
-    """How many events were written, and of none, why."""
-    if asked.follow:
+def _read_on(output: Output, client: Client | None, ticket: str, asked: Ticket, target: Path | None) -> None:
+    """A stream that follows ends by itself, breaks, or is interrupted: what came is there, and how to go on is told."""
+    if client is None:
         raise InputError("Only a Flight server can follow the change log; name one with --url, or leave out follow.")
-    decided = plan(asked, pinned(Lake.of(settings), asked), first=settings.first_window, size=settings.window)
-    rows = write(decided.schema, decided.batches())
-    if rows:
-        return rows, ""
-    low, high = decided.view.covered(*decided.span)
-    if low >= high:
-        first, last = (at.isoformat(timespec="minutes") for at in decided.view.extent)
-        return 0, f"Nothing is published in that range; the lake holds {first} to {last}."
-    return 0, _types_there(asked, decided.snapshot.read(asked.start, asked.end, columns=["entity_type"]))
+    grow = show_as_they_come(output) if target is None else grow_at(target, onto=asked.after_pk is not None)
+    began = time.perf_counter()
+    found = Followed(after_pk=asked.after_pk)
+    try:
+        follow(client, ticket, grow, found)
+    finally:
+        if found.began:
+            _tell(output, found.rows, time.perf_counter() - began, target, found.receipt, settled_pk=found.after_pk)
+            if found.remark:
+                output.remark(found.remark)
+    if found.interrupted:
+        raise SystemExit(1)
 
 
-def _from_server(client: Client, ticket: str, now: datetime, write: Write) -> tuple[int, str]:
+def _tell(output: Output, rows: int, seconds: float, target: Path | None, receipt: Receipt | None, **more: object) -> None:
+    said = {name: getattr(receipt, name, None) for name in _TOLD}
+    output.result({"rows": rows, "seconds": seconds, "output": None if target is None else str(target), **said, **more})
+    output.say(f"{rows:,} events in {seconds:.2f} s" + (f", written to {target}." if target else "."))
+
+
+_Read = tuple[int, Receipt | None, list[str]]
+"""How many events were written, what the receipt says, and what is to be said about what is not among them."""
+
+
+def _from_lake(output: Output, asked: Ticket, now: datetime, write: Write) -> _Read:
+    settings = output.settings
+    try:
+        decided = plan(asked, pinned(Lake.of(settings), asked), first=settings.first_window, size=settings.window)
+    except WindowMissing as error:
+        more = "" if settings.database_url is None else f" {_READS_ON}"
+        raise WindowMissing(f"{error} On the command line: --allow-missing.{more}", error.missing) from None
+    rows = write(decided.schema, _watched(output, decided.batches()))
+    receipt = receipt_of(facts_of(decided.metadata(rows=rows)), decided.schema)
+    remarks = list(_left_out(asked, now, rows, receipt, settings.window))
+    if remarks and settings.database_url is not None:
+        remarks.append(_READS_ON)
+    if not rows:
+        low, high = decided.view.covered(*decided.span)
+        if low >= high:
+            first, last = (at.isoformat(timespec="minutes") for at in decided.view.extent)
+            return 0, receipt, [f"Nothing is published in that range; the lake holds {first} to {last}."]
+        remarks.insert(0, _types_there(asked, decided.snapshot.read(asked.start, asked.end, columns=["entity_type"])))
+    return rows, receipt, remarks
+
+
+def _from_server(output: Output, client: Client, ticket: str, asked: Ticket, now: datetime, write: Write) -> _Read:
     with client.stream(ticket) as stream:
-        rows, receipt = write(stream.schema, iter(stream)), stream.receipt
-    if rows or receipt is None:
-        return rows, ""
-    asked = Ticket.parse(ticket.encode(), now)
-    if receipt.complete_through <= asked.start:
-        return 0, f"Nothing is published in that range; windows are published up to {receipt.complete_through.isoformat()}."
-    with client.stream(replace(asked, entity_types=(), columns=("entity_type",), limit=_LOOKED_AT).json) as others:
-        return 0, _types_there(asked, others)
+        rows, receipt = write(stream.schema, _watched(output, stream)), stream.receipt
+    if receipt is None:
+        return rows, None, []
+    remarks = list(_left_out(asked, now, rows, receipt, None))
+    if not rows:
+        if receipt.complete_through <= asked.start:
+            through = receipt.complete_through.isoformat()
+            return 0, receipt, [f"Nothing is published in that range; windows are published up to {through}."]
+        with client.stream(replace(asked, entity_types=(), columns=("entity_type",), limit=_LOOKED_AT).json) as others:
+            remarks.insert(0, _types_there(asked, others))
+    return rows, receipt, remarks
+
+
+def _watched(output: Output, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    with output.progress("Reading", None, "events") as step:
+        for batch in batches:
+            step("", batch.num_rows)
+            yield batch
+
+
+def _left_out(asked: Ticket, now: datetime, rows: int, receipt: Receipt, size: WindowSize | None) -> Iterator[str]:
+    """What the asked range has or will have besides these events, as far as the receipt tells. ``size``: of the windows, where it is known."""
+    if receipt.missing_windows:
+        yield f"{receipt.missing_windows:,} window(s) of the range are not published and were skipped."
+    if receipt.provisional_windows:
+        yield f"{receipt.provisional_windows:,} window(s) of the range are provisional: transactions that were open may add events."
+    through, end = receipt.complete_through, min(asked.end, now)
+    # What is published ends with a window, so on a full hour; a server that follows the log has all that has settled, up to any instant.
+    published = Window.holding(through, WindowSize.HOUR).start == through
+    if published and asked.start < through < end and rows != asked.limit:
+        behind = (
+            "what the range has" if size is None else f"{-((through - end) // timedelta(microseconds=size.micros)):,} window(s)"
+        )
+        yield f"Windows are published up to {through.isoformat(timespec='minutes')}; {behind} behind that is left out."
 
 
 def _types_there(asked: Ticket, batches: Iterable[pa.RecordBatch]) -> str:
@@ -168,12 +268,12 @@ def _types_there(asked: Ticket, batches: Iterable[pa.RecordBatch]) -> str:
 
 
 @contextmanager
-def _connected(url: str, token_file: Path | None, tls_root_certs: Path | None) -> Iterator[Client]:
+def _connected(url: str, token_file: Path | None, tls: Tls) -> Iterator[Client]:
     scheme, separator, _ = url.partition("://")
     if separator and scheme not in {"grpc", "grpc+tls", "grpc+tcp"}:
         raise InputError(f"--url must start with grpc:// or grpc+tls://, got {scheme[:16]}://.")
     try:
-        with connect(url, token=_token(token_file), tls_root_certs=tls_root_certs) as client:
+        with connect(url, token=_token(token_file), **tls) as client:
             yield client
     except NotAuthenticated as error:
         remedy = "name the file that holds it with --token-file" if token_file is None else "check what --token-file holds"

@@ -32,7 +32,8 @@ def _check_something(lake: Lake) -> None:
 def fsck(output: Output, repair: bool) -> None:
     """Look for torn log entries, missing files and counts that do not match. Exit code 5 when something is wrong."""
     lake = Lake.of(output.settings)
-    findings = lake.fsck(repair=repair)
+    with output.progress("Examining the lake", None, ""):
+        findings = lake.fsck(repair=repair)
     if not findings:
         _check_something(lake)
     open_findings = [finding for finding in findings if not finding.repaired]
@@ -55,7 +56,8 @@ def maintain(output: Output) -> None:
     """Compact closed days, write a checkpoint, delete files that nothing refers to any more."""
     lake = Lake.of(output.settings)
     _check_something(lake)
-    done = asdict(lake.maintain(datetime.now(UTC)))
+    with output.progress("Maintaining the lake", None, ""):
+        done = asdict(lake.maintain(datetime.now(UTC)))
     output.result(done)
     rows = [(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else len(value)) for name, value in done.items()]
     output.table("Maintenance", ("what", "count"), rows)

@@ -116,15 +116,17 @@ class Output:
             self.say("  ".join(aligned).rstrip())
 
     @contextmanager
-    def progress(self, title: str, total: int, unit: str) -> Iterator[Step]:
-        """A bar on a terminal; elsewhere a line per tenth, so that a log shows that work goes on. On stderr: stdout is for the result."""
+    def progress(self, title: str, total: int | None, unit: str) -> Iterator[Step]:
+        """A bar on a terminal; elsewhere a line per tenth, so that a log shows that work goes on. On stderr: stdout is for the result.
+
+        ``total``: None where nobody knows how much there is; a bar then tells that work goes on, and elsewhere there is nothing.
+        """
         if self.aside.is_terminal:
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
+                *([MofNCompleteColumn(), TextColumn(unit)] if unit else []),
                 TimeElapsedColumn(),
             )
             with Progress(*columns, console=self.aside, transient=True) as bar:

@@ -6,12 +6,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import click
 
 from fraiseql_pipeline import pipeline
-from fraiseql_pipeline.changelog import SHAPES, ChangeLog, Settlement, ShapeName, open_changelog, write_sample
+from fraiseql_pipeline.changelog import SHAPES, ChangeLog, Contract, Settlement, ShapeName, open_changelog, write_sample
 from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.errors import LakeUnavailable, PipelineError, SourceRefused
 from fraiseql_pipeline.lake import Commit, Lake
@@ -31,58 +32,96 @@ def source_of(output: Output, *, samples: bool = False) -> Iterator[ChangeLog]:
         yield changelog
 
 
+@dataclass
+class _Looked:
+    """What the checks of ``doctor`` have found; None where a problem kept one from looking."""
+
+    problems: list[PipelineError] = field(default_factory=list)
+    where: str | None = None
+    contract: Contract | None = None
+    settlement: Settlement | None = None
+    unplaced: int = 0
+    published: int | None = None
+    newest: Commit | None = None
+
+    @contextmanager
+    def check(self) -> Iterator[None]:
+        try:
+            yield
+        except PipelineError as problem:
+            self.problems.append(problem)
+
+    def source(self, output: Output) -> None:
+        with self.check(), source_of(output) as changelog:
+            self.where = _EMBEDDED if output.settings.database_url is None else changelog.where()
+            self.contract = changelog.preflight()
+            with self.check():
+                self.settlement = changelog.settle()
+            with self.check():
+                self.unplaced = changelog.unplaced()
+
+    def lake(self, lake: Lake) -> None:
+        with self.check():
+            self.published, self.newest = len(lake.published()), lake.newest()
+        if self.settlement is not None:
+            self.problems += _unlike(self.newest, self.settlement)
+        self.problems += _unwritable(lake)
+
+
 @click.command()
 @pass_output
 def doctor(output: Output) -> None:
-    """Check everything a run needs: the source, its privileges, open writers, the lake. Writes nothing."""
-    settings, lake = output.settings, Lake.of(output.settings)
-    with source_of(output) as changelog:
-        contract = changelog.preflight()
-        settlement = changelog.settle()
-        unplaced = changelog.unplaced()
-        where = _EMBEDDED if settings.database_url is None else changelog.where()
-    published, newest = lake.published(), lake.newest()
-    problems = [*_unlike(newest, settlement), *_unwritable(lake)]
-    warnings = [warning.rstrip(".") for warning in contract.warnings]
-    warnings += [f"open transaction: {blocker}" for blocker in settlement.blockers]
-    if unplaced:
+    """Check everything a run needs: the source, its privileges, open writers, the lake. Writes nothing.
+
+    All checks are made and told, whatever the others find; the exit code is that of the worst problem, the highest.
+    """
+    settings, looked = output.settings, _Looked()
+    looked.source(output)
+    looked.lake(Lake.of(settings))
+    contract, settlement, problems = looked.contract, looked.settlement, looked.problems
+    warnings = [warning.rstrip(".") for warning in contract.warnings] if contract is not None else []
+    warnings += [f"open transaction: {blocker}" for blocker in settlement.blockers] if settlement is not None else []
+    if looked.unplaced:
         warnings.append(
-            f"{unplaced:,} events have an infinite or impossible created_at and belong to no window; correct them in the source"
+            f"{looked.unplaced:,} events have an infinite or impossible created_at and belong to no window; correct them in the source"
         )
     warnings += [f"{name} is not a setting of this program" for name, meant in unknown_variables(os.environ).items() if not meant]
-    sealed = settlement.sealed_until if settlement.sealed_until.year > 1 else None
+    sealed = settlement.sealed_until if settlement is not None and settlement.sealed_until.year > 1 else None
     output.result(
         {
-            "source": contract.identity,
-            "source_is": where,
+            "source": contract.identity if contract is not None else None,
+            "source_is": looked.where,
             "lake": settings.lake_uri,
-            "can_seal": contract.can_seal,
-            "settled_pk": settlement.settled_pk,
+            "can_seal": contract.can_seal if contract is not None else None,
+            "settled_pk": settlement.settled_pk if settlement is not None else None,
             "sealed_until": sealed,
-            "published_windows": len(published),
+            "published_windows": looked.published,
             "warnings": warnings,
             "problems": [str(problem) for problem in problems],
         }
     )
-    output.table(
-        "Doctor",
-        ("check", "found"),
-        [
-            ("source", where),
+    found: list[tuple[str, str | None]] = [("source", looked.where)]
+    if contract is not None:
+        found += [
             ("change log", "readable"),
             ("windows can be sealed", "yes" if contract.can_seal else "no, they stay provisional"),
+        ]
+    if settlement is not None:
+        found += [
             ("settled up to key", f"{settlement.settled_pk:,}"),
             ("sealed until", f"{sealed:%Y-%m-%d %H:%M:%S} UTC" if sealed else "nothing"),
-            ("lake", settings.lake_uri),
-            ("published windows", f"{len(published):,}"),
-        ],
-    )
+        ]
+    found += [("lake", settings.lake_uri), ("published windows", None if looked.published is None else f"{looked.published:,}")]
+    output.table("Doctor", ("check", "found"), [(check, "a problem, see below" if told is None else told) for check, told in found])
     for warning in warnings:
         output.say(f"Warning: {warning}.")
-    for problem in problems[1:]:
-        output.say(f"Problem: {problem}")
-    if problems:
-        raise problems[0]
+    if not problems:
+        return
+    worst = max(problems, key=lambda problem: problem.exit_code)
+    for problem in problems:
+        if problem is not worst:
+            output.say(f"Problem: {problem}")
+    raise worst
 
 
 def _unlike(newest: Commit | None, settlement: Settlement) -> Iterator[PipelineError]:

@@ -14,7 +14,7 @@ from fraiseql_pipeline.cli.lake import nothing_published
 from fraiseql_pipeline.cli.output import Output, pass_output
 from fraiseql_pipeline.cli.source import source_of
 from fraiseql_pipeline.errors import LakeEmpty, PipelineError, WindowError
-from fraiseql_pipeline.lake import Commit, Lake
+from fraiseql_pipeline.lake import Commit, Lake, Standing
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, parse_time, tile
@@ -83,9 +83,18 @@ def late(output: Output, start: str | None, end: str | None, jobs: int, force: b
     """Add late events to the published windows they belong to."""
     settings, lake = output.settings, Lake.of(output.settings)
     published = _published(lake, start, end)
-    with _reported(output, late=True) as done, source_of(output) as changelog:
+    with (
+        _reported(output, late=True) as done,
+        source_of(output) as changelog,
+        output.progress("Late events", None, "windows") as step,
+    ):
+
+        def on_window(one: Materialization) -> None:
+            done.append(one)
+            step(one.window.key, 1)
+
         pipeline.merge_late(
-            sorted(published), settings=settings, changelog=changelog, lake=lake, jobs=jobs, force=force, on_window=done.append
+            sorted(published), settings=settings, changelog=changelog, lake=lake, jobs=jobs, force=force, on_window=on_window
         )
 
 
@@ -115,9 +124,16 @@ def audit(output: Output, start: str | None, end: str | None) -> None:
             ("window", "source events", "lake events"),
             [(f.window.key, f.source_rows, f.lake_rows) for f in bad],
         )
-        output.say("Events may have been restored, deleted or written with an old key; `materialize --force` reads a window again.")
+        fewer = " One that has fewer events in the source needs --allow-shrink besides." if any(map(_has_fewer, bad)) else ""
+        output.say(
+            f"Events may have been restored, deleted or written with an old key; `materialize --force` reads a window again.{fewer}"
+        )
         raise SystemExit(3)
     output.say(f"{len(findings):,} windows equal the source.")
+
+
+def _has_fewer(finding: pipeline.Audited) -> bool:
+    return finding.source_rows < finding.lake_rows
 
 
 @click.command()
@@ -127,10 +143,9 @@ def status(output: Output) -> None:
     settings, lake = output.settings, Lake.of(output.settings)
     published = lake.published()
     windows = sorted(published)
-    gaps, reach = _gaps(windows, settings.first_window)
-    listed = list(islice(_holes(gaps, settings.window), _LISTED_HOLES + 1))
+    standing = Standing.of(published, settings.first_window)
+    listed = list(islice(_holes(standing.gaps, settings.window), _LISTED_HOLES + 1))
     holes, more = listed[:_LISTED_HOLES], len(listed) > _LISTED_HOLES
-    commits = list(published.values())
     rows = {
         "lake": settings.lake_uri,
         "windows": len(windows),
@@ -139,10 +154,11 @@ def status(output: Output) -> None:
         "start": windows[0].start.isoformat() if windows else None,
         "holes": [hole.key for hole in holes],
         "more_holes": more,
-        "provisional": sum(commit.state == "provisional" for commit in commits),
-        "accepted_rows": sum(commit.accepted_rows for commit in commits),
-        "quarantined_rows": sum(commit.quarantined_rows for commit in commits),
-        "complete_through": (gaps[0][0] if gaps else reach).isoformat() if windows else None,
+        "provisional": standing.provisional,
+        "accepted_rows": standing.accepted_rows,
+        "quarantined_rows": standing.quarantined_rows,
+        "late_rows": standing.late_rows,
+        "complete_through": standing.complete_through.isoformat() if standing.complete_through else None,
     }
     output.result(rows)
     if not windows:
@@ -157,21 +173,6 @@ def status(output: Output) -> None:
     output.table(
         "Lake", ("what", "value"), [(name.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for name, v in shown.items()]
     )
-
-
-def _gaps(windows: Sequence[Window], first: datetime | None) -> tuple[list[tuple[datetime, datetime]], datetime]:
-    """What no window covers from ``first``, or else from the first of them, to the last, which may be of different sizes; and the end of
-    the last.
-    """
-    gaps: list[tuple[datetime, datetime]] = []
-    if not windows:
-        return gaps, datetime.min.replace(tzinfo=UTC)
-    reach = first or windows[0].start
-    for window in windows:
-        if reach < window.start:
-            gaps.append((reach, window.start))
-        reach = max(reach, window.end)
-    return gaps, reach
 
 
 def _holes(gaps: Sequence[tuple[datetime, datetime]], size: WindowSize) -> Iterator[Window]:

@@ -83,10 +83,11 @@ class Actions:
     def do_action(self, request: bytes, call: Call) -> Iterator[bytes]:
         """One result per action."""
         asked = parse(protocol.Action, request)
-        action = _ACTIONS.get(asked.type)
+        name = _ALSO_CALLED.get(asked.type, asked.type)
+        action = _ACTIONS.get(name)
         if action is None:
             raise NotOffered(f"There is no such action; this server has {', '.join(_ACTIONS)}.")
-        call.action = asked.type
+        call.action = name
         call.need(action.scope)
         yield protocol.Result(body=action.answer(self, asked.body, call)).SerializeToString()
 
@@ -166,6 +167,9 @@ _ACTIONS = {
     "GetSessionOptions": _Action(READ, "GetSessionOptionsRequest → GetSessionOptionsResult", Actions._get_options),
     "CloseSession": _Action(READ, "CloseSessionRequest → CloseSessionResult", Actions._close_session),
 }
+
+#: As FraiseQL's own Flight server calls them.
+_ALSO_CALLED = {"HealthCheck": "healthcheck"}
 
 
 def health(edge: Edge) -> grpc.GenericRpcHandler[Any, Any]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import grpc
 
-from fraiseql_pipeline.errors import InputError, NotAllowed, NotAuthenticated, NotOffered
+from fraiseql_pipeline.errors import InputError, NotAllowed, NotAuthenticated, NotOffered, PipelineError
 from fraiseql_pipeline.flight import limits, status
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, Authenticator, Caller
@@ -239,6 +239,8 @@ class Edge:
         if isinstance(error, NotAuthenticated):
             call.reason = error.reason
             self._metrics.refused(error.reason)
+        elif isinstance(error, PipelineError):
+            call.reason = type(error).__name__
         return status.status_of(error)
 
     def _ended(self, call: Call, code: str) -> None:

@@ -48,7 +48,8 @@ def follow(
 ) -> Generator[bytes, None, Plan]:
     """The messages of a plan and of what settles after it, for at most so long; returns the plan its receipt speaks of.
 
-    ``again`` plans a ticket anew; ``alive``: whether the client is still there. Raises ``FlightUnavailable`` when the log is another one now.
+    ``again`` plans a ticket anew; ``alive``: whether the client is still there. Raises ``FlightUnavailable`` when the log is another one now,
+    ``SourceRefused`` when it is refused.
     """
     deadline = time.monotonic() + seconds
     epoch = live.rounds.epoch
@@ -65,6 +66,8 @@ def follow(
         while True:
             if time.monotonic() > deadline or live.closed or not alive():
                 return replace(decided, settled_pk=pk, complete_through=through)
+            if live.refused:
+                raise live.away("The change log cannot be followed any more")
             if live.rounds.epoch != epoch:
                 raise FlightUnavailable("The change log was rebuilt or replaced; read anew.")
             if live.buffer.settled_pk < pk and time.monotonic() - began > _BEHIND_SECONDS:

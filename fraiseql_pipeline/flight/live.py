@@ -7,7 +7,7 @@ Invariants
  1. A view from here holds, of its range, every event up to one settled pk, once: of each hour the lake's up to the pk that its window was
     published with, and the buffer's above it. Hours ahead of the clock are no exception.
  2. Nothing here is needed to serve the lake: while the log cannot be followed, and only then, ``view`` gives None; who follows or asks for
-    what is above a key is told.
+    what is above a key is told, and whether it is a matter of a moment.
  3. Only the following thread moves on in the log; a reader may make it fetch nothing and wait for nothing.
  4. A reader waits here for Postgres or for other readers so long and no longer, and only so many at a time: they hold the server's threads.
 """
@@ -81,6 +81,8 @@ class Live:
         self._changelog: ChangeLog | None = None
         self._identity: str | None = None
         self._problem = ""
+        #: Whether following ended in what does not pass by itself.
+        self._refused = False
         self._ended = threading.Event()
         self._moved = threading.Condition()
         #: A key that a commit of the lake proves to be settled.
@@ -122,6 +124,19 @@ class Live:
         """Whether the log is being followed."""
         return self._changelog is not None
 
+    @property
+    def refused(self) -> bool:
+        """Whether the log is refused until somebody changes it, the lake or the settings; it is tried again all the same."""
+        return self._refused
+
+    def away(self, what: str) -> PipelineError:
+        """The error of who needs the log while it cannot be followed. Why it is refused is for the server's own log alone."""
+        if self._refused:
+            return SourceRefused(
+                f"{what}: the server refuses it as it is, and its log says why; trying again helps when that is mended."
+            )
+        return FlightUnavailable(f"{what} right now; try again in a moment.")
+
     # ---------------------------------------------------------------------------------------------------------- following
 
     def _run(self) -> None:
@@ -132,7 +147,7 @@ class Live:
             except PipelineError as error:
                 if str(error) != self._problem:
                     _log.warning("live events stop: %s", error)
-                self._problem = str(error)
+                self._problem, self._refused = str(error), not error.retryable
             except Exception:  # noqa: BLE001 - a thread has nobody above it; the server serves the lake meanwhile
                 _log.exception("live events stop")
             if self.up:
@@ -154,7 +169,7 @@ class Live:
                 self.rounds.begin(settled_pk)
                 self._identity, self._checked, self._first_event = tail.identity, {}, None
                 self._proved_pk = 0
-            self._changelog, self._problem = changelog, ""
+            self._changelog, self._problem, self._refused = changelog, "", False
             threading.Thread(target=self._fill_ahead, name="live-fill", daemon=True).start()
             _log.info("live events are followed from key %d", self.buffer.settled_pk)
             told = looked = time.monotonic() - _TELL_SECONDS
@@ -235,21 +250,22 @@ class Live:
         """A view for a ticket, of what has settled; None while the log cannot be followed.
 
         Reads through from Postgres what is neither published nor in the buffer. Raises ``TicketError`` where that would be too much,
-        ``FlightUnavailable`` where it takes too long or the lake alone cannot answer, and what the source refuses.
+        ``FlightUnavailable`` where it takes too long or the lake alone cannot answer, ``SourceRefused`` where it cannot and the log is refused,
+        and what the source refuses.
         """
         changelog = self._changelog
         if changelog is None:
-            _needs_no_log(ticket)
+            self._needs_no_log(ticket)
             return None
         for _ in range(_ATTEMPTS):
             try:
                 base = self._base()
             except SourceRefused:
-                self._is_of_another = True
-                _needs_no_log(ticket)
+                self._is_of_another = self._refused = True
+                self._needs_no_log(ticket)
                 return None
             if not self._catch_up(base, ticket):
-                _needs_no_log(ticket)
+                self._needs_no_log(ticket)
                 return None
             floors = self._floors(changelog, base, ticket)
             with self.buffer.wanted(floors):
@@ -262,6 +278,11 @@ class Live:
                 if whole and self._tracked(*self._range(changelog, base, ticket)) <= floors.keys():
                     return self._joined(base, ticket, floors, held, settled_pk, at)
         raise FlightUnavailable("The lake changes faster than it can be read; try again in a moment.")
+
+    def _needs_no_log(self, ticket: Ticket) -> None:
+        """Raises ``away`` for what the lake alone cannot tell: which of its events came after a key was reached."""
+        if ticket.follow or ticket.after_pk is not None:
+            raise self.away("The change log cannot be followed")
 
     def _catch_up(self, base: View | None, ticket: Ticket) -> bool:
         """Wait until the buffer is as far as the lake is in the range: what a view holds must end at one key. False if that takes too long: then
@@ -428,12 +449,6 @@ class Live:
             yield
         finally:
             self._waiting.release()
-
-
-def _needs_no_log(ticket: Ticket) -> None:
-    """Raises ``FlightUnavailable`` for what the lake alone cannot tell: which of its events came after a key was reached."""
-    if ticket.follow or ticket.after_pk is not None:
-        raise FlightUnavailable("The change log cannot be followed right now; try again in a moment.")
 
 
 def _too_slow() -> FlightUnavailable:

@@ -2,10 +2,11 @@
 
 What lives here: every metric of a server, by name, and ``/metrics``, ``/healthz`` and ``/readyz``. What must not: who counts (``edge.py``).
 
-Names start with ``fraiseql_pipeline_``; no label holds a principal, a tenant or a window, so the number of series is fixed.
+Names start with ``fraiseql_pipeline_``; no label holds a principal, a tenant or a window, so the number of series is bounded.
 
 Invariants
- 1. Every series exists at zero before its first event, so that rates and alerts need no special case.
+ 1. Every series exists at zero before its first event, so that rates and alerts need no special case; but for what the lake alone knows: times
+    while nothing is published, rules that nothing breaks, and everything of a lake that cannot be read.
  2. The pages say nothing about events: counts and clocks only.
  3. Several workers write into files of one directory; the supervisor adds them up. Counters survive the restart of a worker.
 """
@@ -25,11 +26,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from fraiseql_pipeline.errors import PipelineError, SettingsError
+from fraiseql_pipeline.errors import LakeUnavailable, PipelineError, SettingsError
 from fraiseql_pipeline.flight.auth import REASONS
 from fraiseql_pipeline.flight.frames import Figures
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake import Commit, Lake, Standing
+from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.version import package_version
+from fraiseql_pipeline.window import Window
 
 _log = logging.getLogger(__name__)
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -127,41 +130,73 @@ class Metrics:
 
 
 class LakeState:
-    """What the lake says about itself, asked when a scraper asks."""
+    """What the lake says about itself, asked when a scraper asks. ``settings`` say where its windows begin and how long they are."""
 
-    def __init__(self, lake: Lake) -> None:
+    def __init__(self, lake: Lake, settings: Settings) -> None:
         self._lake = lake
+        self._settings = settings
+        self._was_there = False
 
     @staticmethod
-    def described() -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
-        """The metrics without their values."""
-        return (
-            GaugeMetricFamily("fraiseql_pipeline_build_info", "The version that runs; always 1.", labels=("version",)),
-            GaugeMetricFamily(
-                "fraiseql_pipeline_watermark_timestamp_seconds", "End of the newest published window; absent while there is none."
-            ),
-        )
+    def described() -> dict[str, GaugeMetricFamily]:
+        """The metrics without their values, each by its name without the prefix."""
+        return {
+            name: GaugeMetricFamily(f"fraiseql_pipeline_{name}", meaning, labels=labels)
+            for name, meaning, *labels in (
+                ("build_info", "The version that runs; always 1.", "version"),
+                ("windows", "Published windows, by state.", "state"),
+                ("holes", "Windows that were never published before the newest one, from FRAISEQL_START on if that is set."),
+                ("watermark_timestamp_seconds", "End of the newest published window; absent while there is none."),
+                ("complete_through_timestamp_seconds", "End of the last window before the first hole; absent while there is none."),
+                ("rows", "Events of the published windows as they are now, by what became of them.", "outcome"),
+                ("late_rows", "Events of the published windows that came after their window was first published."),
+                (
+                    "quarantine_rows",
+                    "Quarantined events of the published windows, by each rule they break; absent for a rule that none breaks.",
+                    "rule",
+                ),
+            )
+        }
 
     def collect(self) -> Iterable[Metric]:
-        """Read the lake, and say what there is."""
-        built, watermark = self.described()
-        built.add_metric((package_version(),), 1)
-        yield built
+        """Read the lake, and say what there is; of one that cannot be read, or is gone, only the names."""
+        shown = self.described()
+        shown["build_info"].add_metric((package_version(),), 1)
         try:
-            if published := self._lake.published():
-                watermark.add_metric((), max(window.end for window in published).timestamp())
+            stands = Standing.of(self._published(), self._settings.first_window)
         except PipelineError as error:
-            _log.warning("the watermark cannot be read: %s", error)
-        yield watermark
+            _log.warning("the lake cannot be read: %s", error)
+            return shown.values()
+        shown["windows"].add_metric(("sealed",), stands.windows - stands.provisional)
+        shown["windows"].add_metric(("provisional",), stands.provisional)
+        shown["holes"].add_metric((), stands.holes(self._settings.window))
+        for name, at in (("watermark", stands.through), ("complete_through", stands.complete_through)):
+            if at is not None:
+                shown[f"{name}_timestamp_seconds"].add_metric((), at.timestamp())
+        shown["rows"].add_metric(("accepted",), stands.accepted_rows)
+        shown["rows"].add_metric(("quarantined",), stands.quarantined_rows)
+        shown["late_rows"].add_metric((), stands.late_rows)
+        for rule, rows in stands.reasons.items():
+            shown["quarantine_rows"].add_metric((rule,), rows)
+        return shown.values()
 
     def ready(self) -> bool:
-        """Whether the lake can be read; one without windows can."""
+        """Whether the lake can be read. One without windows can, but for one that had some: it is gone."""
         try:
-            self._lake.published()
+            self._published()
         except PipelineError as error:
             _log.warning("not ready: %s", error)
             return False
         return True
+
+    def _published(self) -> dict[Window, Commit]:
+        found = self._lake.published()
+        if self._was_there and not found:
+            raise LakeUnavailable(
+                "The lake had published windows and is not there any more; check FRAISEQL_LAKE_URI and its storage."
+            )
+        self._was_there = bool(found)
+        return found
 
 
 class MetricsServer:

@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from fraiseql_pipeline.encoding import Encoding, stream_schema, to_wire, wire_schema
 from fraiseql_pipeline.errors import LakeDamaged, TicketError, WindowMissing
-from fraiseql_pipeline.flight.segment import Filter
+from fraiseql_pipeline.flight.segment import Filter, Types
 from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import File, Snapshot
 from fraiseql_pipeline.ticket import Ticket
@@ -85,10 +85,10 @@ class Plan:
     def stream_schema(self) -> pa.Schema:
         return stream_schema(self.ticket.columns, self.encoding)
 
-    @property
+    @cached_property
     def filter(self) -> Filter:
         # The order of the types does not change what they keep.
-        return Filter(tuple(sorted(self.ticket.entity_types)), self.org_id, self.ticket.after_pk)
+        return Filter(Types(sorted(self.ticket.entity_types)), self.org_id, self.ticket.after_pk)
 
     @cached_property
     def span(self) -> tuple[int, int]:

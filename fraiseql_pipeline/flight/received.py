@@ -24,6 +24,7 @@ from fraiseql_pipeline.errors import (
     FlightBusy,
     FlightRefused,
     FlightUnavailable,
+    InputError,
     LakeDamaged,
     LakeEmpty,
     NotAllowed,
@@ -55,6 +56,20 @@ class Receipt:
     settled_pk: int | None = None
     checksum: int | None = None
     next_ticket: str | None = None
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """What of it a table keeps, for the metadata of its schema; what is None is left out."""
+        said = {name: getattr(self, name) for name in _KEPT}
+        return {
+            f"fraiseql.{name}".encode(): (value.isoformat() if isinstance(value, datetime) else str(value)).encode()
+            for name, value in said.items()
+            if value is not None
+        }
+
+
+#: Of a receipt, what is true of a table as long as it exists; its rows and columns a table says itself.
+_KEPT = ("table_version", "complete_through", "settled_pk", "provisional_windows", "missing_windows", "next_ticket")
 
 
 class Stream:
@@ -120,8 +135,10 @@ class Stream:
         self.receipt = receipt
 
     def read_all(self) -> pa.Table:
-        """The batches that are left, as a table."""
-        return pa.Table.from_batches(self, schema=self.schema)
+        """The batches that are left, as a table; the metadata of its schema keeps what the receipt says (``fraiseql.complete_through``, …)."""
+        table = pa.Table.from_batches(self, schema=self.schema)
+        kept = {} if self.receipt is None else self.receipt.metadata
+        return table.replace_schema_metadata({**(table.schema.metadata or {}), **kept})
 
     def close(self) -> None:
         """Tell the server that nothing more is wanted."""
@@ -195,6 +212,50 @@ _NAMED = {
     for name, kind in vars(errors).items()
     if isinstance(kind, type) and issubclass(kind, PipelineError) and not kind.retryable
 }
+# What gRPC says of a connection that does not come about, with which scheme, and what that means; the first that fits. A server that refuses
+# a certificate, or speaks TLS to a client that does not, only hangs up, as one that is being stopped does: another try may help.
+_NOT_CONNECTED: tuple[tuple[str, str, type[PipelineError], str], ...] = (
+    (
+        r"failed to connect.*wrong version number",
+        "grpc+tls",
+        FlightRefused,
+        "The server at {url} does not speak TLS; connect to it with grpc://, or serve it with FRAISEQL_ARROW_FLIGHT_TLS_CERT and its key.",
+    ),
+    (
+        r"failed to connect.*Ssl handshake failed",
+        "grpc+tls",
+        FlightRefused,
+        (
+            "The certificate of the server at {url} is not one this client trusts; name the PEM file of the authority that signed it with "
+            "tls_root_certs (--tls-root-certs), and the host as the certificate does."
+        ),
+    ),
+    (
+        r"failed to connect.*(Socket closed|Connection reset)",
+        "grpc+tls",
+        FlightUnavailable,
+        (
+            "The server at {url} ended the TLS handshake: it seems to ask for a client certificate; give one its authority has signed with "
+            "cert_chain and private_key (--cert-chain, --private-key)."
+        ),
+    ),
+    (
+        r"failed to connect.*(Socket closed|Connection reset)",
+        "grpc",
+        FlightUnavailable,
+        "The server at {url} hung up at once: it seems to speak TLS; connect to it with grpc+tls://.",
+    ),
+    (
+        "empty address list",
+        "grpc+tls",
+        InputError,
+        (
+            "The TLS files for {url} cannot be used: each must be PEM, and private_key (--private-key) the key of the first certificate in "
+            "cert_chain (--cert-chain)."
+        ),
+    ),
+    ("failed to connect", "", FlightUnavailable, "No Flight server answers at {url}; start one with fraiseql-pipeline serve."),
+)
 
 
 @contextmanager
@@ -215,6 +276,8 @@ def translated(url: str) -> Iterator[None]:
             if found and sentence and words in head:
                 detail = _DETAIL.match(text, found.end(1))
                 raise _NAMED.get(detail[1] if detail else "", kind)(sentence) from None
-        if isinstance(error, flight.FlightUnavailableError) and "failed to connect" in sentence:
-            raise FlightUnavailable(f"No Flight server answers at {url}; start one with fraiseql-pipeline serve.") from None
+        if isinstance(error, flight.FlightUnavailableError):
+            for words, scheme, not_connected, why in _NOT_CONNECTED:
+                if re.search(words, sentence, re.DOTALL) and url.startswith(scheme):
+                    raise not_connected(why.format(url=url)) from None
         raise FlightUnavailable(f"The Flight server at {url} failed: {sentence or 'the connection broke off'}") from None

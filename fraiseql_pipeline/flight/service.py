@@ -11,8 +11,9 @@ Invariants
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from fraiseql_pipeline.encoding import Encoding, receipt_frames, stream_schema
-from fraiseql_pipeline.errors import FlightUnavailable, LakeEmpty, TicketError
+from fraiseql_pipeline.errors import LakeEmpty, PipelineError, TicketError
 from fraiseql_pipeline.flight import limits, protocol, session
 from fraiseql_pipeline.flight.auth import PUBLISH, READ
 from fraiseql_pipeline.flight.edge import MAX_REQUEST_BYTES, Call, Edge, not_offered
@@ -75,9 +76,15 @@ class FlightService:
         self.live = Live(settings, lake, self._views, self.store) if follows else None
 
     def start(self) -> None:
-        """Follow the change log, if there is one."""
+        """Follow the change log, if there is one, and look at the lake before somebody asks for it."""
         if self.live is not None:
             self.live.start()
+        threading.Thread(target=self._look_ahead, name="lake-ahead", daemon=True).start()
+
+    def _look_ahead(self) -> None:
+        # Of the first batch that a new server sends, opening the table and sorting its files and windows is a third.
+        with suppress(PipelineError):
+            _ = self._views.newest().unit_rows
 
     def stop_following(self) -> None:
         """Streams that follow end with their receipts; nothing is waited for."""
@@ -141,7 +148,7 @@ class FlightService:
         )
 
     def get_flight_info(self, request: bytes, call: Call) -> bytes:
-        """Schema, rows and bytes where they are known, and endpoints in order whose tickets name the same events of the same version."""
+        """Schema, rows and bytes where commits or kept frames tell them, and endpoints in order whose tickets name the same events of the same version."""
         descriptor = parse(protocol.FlightDescriptor, request)
         return self._info(descriptor, self._plan(self._described(descriptor, call), call), call).SerializeToString()
 
@@ -154,10 +161,11 @@ class FlightService:
     def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
         """One flight per stretch of published windows without a hole, oldest first; none while the lake is empty.
 
-        What is more than one ticket may ask is listed all the same: a part of it may be asked for. Criteria are a ticket, in any of its forms: then each flight is what the ticket asks of a stretch.
+        What is more than one ticket may ask is listed all the same: a part of it may be asked for. Criteria are a ticket, in any of its forms, or a part of a
+        JSON ticket: then each flight is what the ticket asks of a stretch.
         """
         expression = parse(protocol.Criteria, request).expression
-        asked = self._ticket(expression, call) if expression else None
+        asked = self._ticket(expression, call, partial=True) if expression else None
         try:
             view = self._views.newest() if asked is None else self._views.of(asked)
         except LakeEmpty:
@@ -190,15 +198,18 @@ class FlightService:
     def _info(self, descriptor: Any, decided: Plan, call: Call) -> Any:
         # Which frames are kept tells whether the files of the range are the same as before: whether others' events were late.
         told = decided.org_id is None or decided.view.live is None
-        size = self._streams.size_of(decided, self._max_rows(decided.ticket)) if told else None
+        totals = self._streams.totals_of(decided, self._max_rows(decided.ticket)) if told else None
+        kept_rows, size = totals or (None, -1)
+        # Frames of what is not published yet are those of now: there may be more when an endpoint is asked for.
+        rows = kept_rows if decided.rows is None and decided.view.live is None else decided.rows
         # What has settled grows until an endpoint is asked for: only a stream knows from which key to go on.
         unknown = {} if decided.view.live is None else {"next_ticket": None}
         return protocol.FlightInfo(
             schema=decided.stream_schema.serialize().to_pybytes(),
             flight_descriptor=descriptor,
             endpoint=[self._endpoint(part.pinned_ticket(), call) for part in decided.parts()],
-            total_records=-1 if decided.rows is None else decided.rows,
-            total_bytes=-1 if size is None else size,
+            total_records=-1 if rows is None else rows,
+            total_bytes=size,
             ordered=True,
             app_metadata=decided.metadata(**unknown),
         )
@@ -231,9 +242,7 @@ class FlightService:
         try:
             return self._views.of(ticket)
         except LakeEmpty:
-            raise FlightUnavailable(
-                "Nothing is published in the lake yet, and the change log cannot be followed right now; try again in a moment."
-            ) from None
+            raise self.live.away("Nothing is published in the lake yet, and the change log cannot be followed") from None
 
     def _decided(self, ticket: Ticket, call: Call, view: View) -> Plan:
         first, size = self._settings.first_window, self._settings.window
@@ -265,9 +274,9 @@ class FlightService:
         endless = self.live is not None
         return self._chosen(Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless), call)
 
-    def _ticket(self, data: bytes, call: Call) -> Ticket:
+    def _ticket(self, data: bytes, call: Call, *, partial: bool = False) -> Ticket:
         now = self._clock()
-        ticket = self._chosen(Ticket.parse(self._signer.opened(data, call.caller.name, now), now), call)
+        ticket = self._chosen(Ticket.parse(self._signer.opened(data, call.caller.name, now), now, partial=partial), call)
         if ticket.follow:
             self._check_follow(ticket, now)
         if self.live is not None and ticket.end == now and ticket.table_version is None:

@@ -7,9 +7,11 @@ Several workers share the port through SO_REUSEPORT: the kernel gives each conne
 metrics. It starts workers anew when they die, and holds the port meanwhile, so that nobody else can take it.
 
 Invariants
- 1. The command starts whole or not at all: a worker that cannot start is the command's error.
+ 1. The command starts whole or not at all: a worker that cannot start is the command's error, and so is a change log that is refused. One
+    that is refused later costs what needs it; the lake is served on, by workers that start then too.
  2. No worker outlives its supervisor: it drains when the supervisor is gone, however that came about.
  3. A worker that dies is replaced, later each time it dies young; the others go on.
+ 4. A worker has room on the disk for all it may count before it counts: what is mapped into memory and finds no room kills the process.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -36,7 +39,8 @@ import pyarrow as pa
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.changelog import open_changelog
+from fraiseql_pipeline.errors import PipelineError, SettingsError
 from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
 from fraiseql_pipeline.flight.server import check_address, serve
 from fraiseql_pipeline.lake import Lake
@@ -50,6 +54,10 @@ _MAX_PAUSE_SECONDS = 30.0
 #: Files, of which every connection is one.
 _MANY_FILES = 65_536
 _START_SECONDS = 60.0
+#: Where the metrics of a worker are counted, by the names that prometheus_client gives them; and the bytes of each file: all series there can be
+#: take 37 kB of the largest.
+_COUNTS = ("counter", "histogram", "gauge_livesum", "gauge_livemax", "gauge_livemin")
+_COUNTS_BYTES = 64 * 1024
 #: How long after its drain a worker may take to end before it is killed.
 _SPARE_SECONDS = 5.0
 
@@ -69,25 +77,49 @@ def log_to_stderr() -> None:
     stderr = logging.StreamHandler()
     stderr.setFormatter(lines)
     logging.basicConfig(level=logging.WARNING, handlers=[stderr])
+    # gRPC's binding writes down whole headers that are not ASCII, and one of them may be a token with something behind it.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL + 1)
 
 
 def run(settings: Settings, *, insecure: bool = False, started: Callable[[Started], None] = lambda _: None) -> None:
     """Serve until SIGTERM or SIGINT, drained; to be called in the main thread. ``started`` is told once everything listens.
 
-    Raises ``SettingsError`` when anything cannot start.
+    Raises ``SettingsError`` when anything cannot start, ``SourceRefused`` where the log to follow is refused.
     """
+    _check_source(settings)
     _allow_many_files()
     if settings.arrow_flight_workers > 1:
         _supervise(settings, insecure, started)
         return
     with ExitStack() as stack:
         server = stack.enter_context(serve(settings, insecure=insecure))
-        lake = LakeState(server.lake)
+        lake = LakeState(server.lake, settings)
         registry = CollectorRegistry()
         registry.register(lake)
         metrics = _shown(stack, settings, (server.metrics.registry, registry), lambda: not server.draining and lake.ready())
         started(Started(server.url, metrics))
         server.run_until_signal()
+
+
+def _check_source(settings: Settings) -> None:
+    """Raises what is wrong with the log that is to be followed, unless it may pass: then the lake is served, and it is tried again.
+
+    Asked once for all workers, and not for those that are replaced later.
+    """
+    if not settings.arrow_flight_live or settings.database_url is None:
+        return
+    with open_changelog(settings) as changelog:
+        try:
+            changelog.preflight()
+        except PipelineError as error:
+            if not error.retryable:
+                raise _unfollowable(error) from None
+
+
+def _unfollowable(error: PipelineError) -> PipelineError:
+    told = copy(error)
+    told.args = (f"{error} To serve the lake alone, set FRAISEQL_ARROW_FLIGHT_LIVE=false.",)
+    return told
 
 
 def _allow_many_files() -> None:
@@ -205,7 +237,7 @@ def _supervise(settings: Settings, insecure: bool, started: Callable[[Started], 
         stack.callback(fleet.tell, signal.SIGTERM)
         fleet.start(settings.arrow_flight_workers, told)
         registry, summed = CollectorRegistry(), CollectorRegistry()
-        state = LakeState(Lake.of(settings))
+        state = LakeState(Lake.of(settings), settings)
         registry.register(state)
         MultiProcessCollector(summed, str(directory))  # type: ignore[no-untyped-call]
         draining = threading.Event()
@@ -296,6 +328,7 @@ def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report:
     # As the command line does, which a spawned process is not: pyarrow's own pool keeps up to 100 MiB of what encoding has freed.
     pa.set_memory_pool(pa.system_memory_pool())
     try:
+        _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
         server = serve(Settings(**chosen), insecure=insecure, share_port=True)
     except SettingsError as error:
         report.send(error)
@@ -304,3 +337,22 @@ def _work(chosen: dict[str, Any], insecure: bool, parent: socket.socket, report:
     report.close()
     with server:
         server.run_until_signal(parent)
+
+
+def _reserve(directory: Path) -> None:
+    """Make the files of this process's counts, all their blocks taken; prometheus_client, which would leave holes, uses what is there."""
+    making, made = directory / f"making_{os.getpid()}", []
+    try:
+        for file in (directory / f"{name}_{os.getpid()}.db" for name in _COUNTS):
+            if file.exists():  # of a dead worker that had the same number; its counts go on
+                continue
+            with making.open("wb") as opened:
+                os.posix_fallocate(opened.fileno(), 0, _COUNTS_BYTES)
+            made.append(making.rename(file))
+    except OSError:
+        for file in (making, *made):
+            file.unlink(missing_ok=True)
+        raise SettingsError(
+            f"A Flight worker needs {len(_COUNTS) * _COUNTS_BYTES} bytes for what it counts; make room in the temporary directory, or set TMPDIR "
+            "to another."
+        ) from None

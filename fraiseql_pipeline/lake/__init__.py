@@ -14,6 +14,7 @@ validation rules, the order of a run, Flight.
     rewrite      files that hold more than one window
     publish      the decision and the two commits of one window
     read         ordered reads from a pinned version
+    standing     what the commits add up to, and what is missing among them
     fsck         what is broken, and how to repair it
     maintenance  compaction, vacuum, checkpoints
     lake         the door
@@ -25,5 +26,19 @@ from fraiseql_pipeline.lake.lake import Lake
 from fraiseql_pipeline.lake.parquet import write_file
 from fraiseql_pipeline.lake.read import Opens, Snapshot, file_errors
 from fraiseql_pipeline.lake.staging import Staged
+from fraiseql_pipeline.lake.standing import Standing
 
-__all__ = ["Commit", "Facts", "File", "Finding", "Lake", "Opens", "Snapshot", "Staged", "by_time", "file_errors", "write_file"]
+__all__ = [
+    "Commit",
+    "Facts",
+    "File",
+    "Finding",
+    "Lake",
+    "Opens",
+    "Snapshot",
+    "Staged",
+    "Standing",
+    "by_time",
+    "file_errors",
+    "write_file",
+]

@@ -43,6 +43,10 @@ class Commit:
 
     ``table_version`` is the version of ``events`` that published it; ``quarantine_version`` the version of ``events_quarantine`` that holds
     its rejected rows, ``None`` if it never had any. Rows and bytes are those of the whole window, late merges included.
+
+    ``late_rows`` counts the events that came after the window was first published, accepted and quarantined together, whether they were merged
+    or the window was read again. A window published anew from another source begins at 0, and so does one whose commits are of a version
+    that did not count them.
     """
 
     window: Window
@@ -64,6 +68,7 @@ class Commit:
     quarantine_hash: str = ""
     schema_hash: str = ""
     package_version: str = ""
+    late_rows: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The object for ``commitInfo``; what the log itself says (version, time) is left to it."""
@@ -77,6 +82,7 @@ class Commit:
             "source_rows": self.source_rows,
             "accepted_rows": self.accepted_rows,
             "quarantined_rows": self.quarantined_rows,
+            "late_rows": self.late_rows,
             "reasons": dict(self.reasons),
             "content_hash": self.content_hash,
             "quarantine_hash": self.quarantine_hash,
@@ -110,6 +116,7 @@ class Commit:
             quarantine_hash=stated["quarantine_hash"],
             schema_hash=stated["schema_hash"],
             package_version=stated["package_version"],
+            late_rows=stated.get("late_rows", 0),
         )
 
 

@@ -97,8 +97,10 @@ class Publisher:
         if (settled := self._settled(current)) is not None:
             assert current is not None
             return replace(current, outcome=settled)
-        self._refuse_shrinking(current)
-        commit = self._planned(current)
+        before = [current] if current is not None else self._replaced_hours()
+        had_rows = self._had_rows(before)
+        self._refuse_shrinking(before, had_rows)
+        commit = self._planned(current, self._late_rows(before, had_rows))
         if current is not None and not self._append and not self._force and self._same_content(current):
             self._tried = replace(commit, quarantine_version=current.quarantine_version)
             return self._commit(self._tried, [], [])
@@ -158,21 +160,32 @@ class Publisher:
             == (staged.content_hash, staged.accepted_rows, staged.quarantined_rows, schema_hash())
         ) and (held.quarantine_hash if held is not None else "") == staged.quarantine_hash
 
-    def _refuse_shrinking(self, current: Commit | None) -> None:
-        published = [current] if current is not None else self._replaced_hours()
+    def _had_rows(self, before: Sequence[Commit]) -> int | None:
+        """How many of the staged rows had been settled when these commits were made; ``None`` where they are of another source, whose keys
+        do not compare, or where nothing but late events was staged.
+        """
+        if self._append or not before or any(c.identity != self._facts.identity for c in before):
+            return None
+        return self._staged.count([(*c.window.micros, c.settled_pk) for c in before])
+
+    def _refuse_shrinking(self, published: Sequence[Commit], had_rows: int | None) -> None:
         if self._append or self._allow_shrink or not published:
             return
         before = sum(c.accepted_rows + c.quarantined_rows for c in published)
-        if all(c.identity == self._facts.identity for c in published):
-            # What has come since does not make up for what is gone.
-            rows = self._staged.count([(*c.window.micros, c.settled_pk) for c in published])
-        else:
-            rows = self._staged.accepted_rows + self._staged.quarantined_rows
+        # What has come since does not make up for what is gone.
+        rows = self._staged.accepted_rows + self._staged.quarantined_rows if had_rows is None else had_rows
         if rows < before:
             raise WindowShrinks(
                 f"{self._window} was published with {before} rows, of which the source has {rows} left, and was left as it is;"
                 " if the source really dropped old events, allow it (--allow-shrink)."
             )
+
+    def _late_rows(self, published: Sequence[Commit], had_rows: int | None) -> int:
+        """Those that earlier commits counted, and what is new in this one."""
+        known = sum(c.late_rows for c in published)
+        if self._append:
+            return known + self._facts.source_rows
+        return 0 if had_rows is None else min(known + self._facts.source_rows - had_rows, self._facts.source_rows)
 
     def _replaced_hours(self) -> list[Commit]:
         """The published hours that the first commit of their day replaces."""
@@ -181,7 +194,7 @@ class Publisher:
         hours = (Window(self._window.start + timedelta(hours=h), WindowSize.HOUR) for h in range(24))
         return [c for h in hours if (c := self._events.window(h)) is not None]
 
-    def _planned(self, current: Commit | None) -> Commit:
+    def _planned(self, current: Commit | None, late_rows: int) -> Commit:
         """The commit to be, but for its versions."""
         staged, facts = self._staged, self._facts
         commit = Commit(
@@ -204,6 +217,7 @@ class Publisher:
             quarantine_hash=staged.quarantine_hash,
             schema_hash=schema_hash(),
             package_version=package_version(),
+            late_rows=late_rows,
         )
         if current is None or not self._append:
             return commit

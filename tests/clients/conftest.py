@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from fraiseql_pipeline.flight.server import FlightServer, serve
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
+from tests.support.credentials import make_credentials
 from tests.support.lakes import publish
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -50,6 +52,36 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 def server(lake: Lake) -> Iterator[FlightServer]:
     with serve(Settings(arrow_flight_bind="127.0.0.1:0", start=MIDNIGHT, lake_uri=lake.uri), lake=lake) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with the certificates and tokens of docs/security.md."""
+    directory = tmp_path_factory.mktemp("credentials")
+    own = str(Path(sys.executable).parent)
+    make_credentials(directory, {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def secured(lake: Lake, credentials: Path) -> Iterator[FlightServer]:
+    """The server of docs/security.md: TLS, and a token with every call."""
+    with _secured(lake, credentials) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def mutual(lake: Lake, credentials: Path) -> Iterator[FlightServer]:
+    """The same, and clients must show a certificate."""
+    with _secured(lake, credentials, arrow_flight_tls_client_ca=str(credentials / "ca.pem")) as running:
+        yield running
+
+
+def _secured(lake: Lake, directory: Path, **more: str) -> FlightServer:
+    said = tomllib.loads((directory / "flight.toml").read_text(encoding="utf-8"))
+    said |= {name: str(directory / value) for name, value in said.items() if (directory / value).is_file()}
+    said |= {"arrow_flight_bind": "127.0.0.1:0", "start": MIDNIGHT, "lake_uri": lake.uri, **more}
+    return serve(Settings(**said), lake=lake)
 
 
 @pytest.fixture(scope="session")

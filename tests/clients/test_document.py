@@ -24,7 +24,7 @@ def test_the_code_that_is_shown_is_in_the_program(language: str) -> None:
     shown = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
     assert shown
     for code in shown:
-        assert any(indent(code, by) in source for by in ("", "  ", "    ", "\t")), code
+        assert any(indent(code, by) in source for by in ("", "  ", "    ", "\t", "\t\t")), code
 
 
 def test_every_example_is_in_the_document() -> None:

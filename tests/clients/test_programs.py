@@ -79,6 +79,55 @@ def test_a_program_whose_ticket_is_refused_says_why_and_counts_nothing(program: 
     assert not STACK.search(done.stderr)
 
 
+#: What the client of docs/security.md has, as options of every program.
+TOKEN = ("--ca", "ca.pem", "--token-file", "reporting.token")
+PAIR = ("--cert", "reporting.pem", "--key", "reporting.key")
+
+
+def files(options: tuple[str, ...], directory: Path) -> list[str]:
+    return [option if option.startswith("--") else str(directory / option) for option in options]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_reads_over_tls_with_a_token(
+    program: str, lake: Lake, secured: FlightServer, credentials: Path, run: Run
+) -> None:
+    assert secured.url.startswith("grpc+tls://")
+    done = run(program, *files(TOKEN, credentials), secured.url, f"events:Order:{instant(0)}:{instant(4)}:10000")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == report(held(lake, "Order", 0, 4))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_shows_its_certificate_where_that_is_asked_for(
+    program: str, lake: Lake, mutual: FlightServer, credentials: Path, run: Run
+) -> None:
+    asked = (mutual.url, f"events:Order:{instant(0)}:{instant(4)}:10000")
+    done = run(program, *files((*TOKEN, *PAIR), credentials), *asked)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == report(held(lake, "Order", 0, 4))
+
+    refused = run(program, *files(TOKEN, credentials), *asked)
+    assert (refused.returncode, refused.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--ca", "ca.pem"), ("--token-file", "reporting.token"), ("--ca", "ca.pem", "--token-file", "wrong.token")],
+    ids=["no token", "an authority nobody named", "a wrong token"],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_is_not_let_in_counts_nothing(
+    program: str, options: tuple[str, ...], secured: FlightServer, credentials: Path, run: Run
+) -> None:
+    (credentials / "wrong.token").write_text("fq_nobody\n", encoding="utf-8")
+    done = run(program, *files(options, credentials), secured.url, f"events:Order:{instant(0)}:{instant(4)}:10000")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert not STACK.search(done.stderr)
+    if "--ca" in options:
+        assert "not authenticated" in done.stderr
+
+
 class WithoutReceipt(flight.FlightServerBase):
     """Sends events and ends well, but never says how many there were."""
 

@@ -5,6 +5,8 @@ A block runs in the order of its document, in one directory and against one lake
     <!-- block: lake -->       run it where the blocks above have made a lake, or make one
     <!-- block: dagster -->    run it beside a lake
     <!-- block: server -->     run it beside a lake and `fraiseql-pipeline serve`; localhost:50051 stands for wherever that listens
+    <!-- block: secured -->    the same, but that server has the certificate and asks for the tokens of docs/security.md
+    <!-- block: mutual -->     the same, and it asks for a certificate of the client, too
     <!-- not run: WHY -->      do not run it; WHY is a sentence for the reader of the source
 
 Blocks of other languages than shell and Python are text.
@@ -13,6 +15,7 @@ Blocks of other languages than shell and Python are text.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,10 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}"
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", self.code] if self.language == "python" else ["bash", "-euo", "pipefail", "-c", self.code]
 
 
 def documents() -> list[Path]:

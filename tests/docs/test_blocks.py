@@ -10,16 +10,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.docs.blocks import ROOT, Block, blocks, documents
+from tests.support.credentials import make_credentials
 
 BLOCKS = [block for document in documents() for block in blocks(document)]
 RUN = [block for block in BLOCKS if block.why_not is None]
 
 pytestmark = pytest.mark.timeout(300)
+
+#: What starts each kind of server, besides where it listens.
+SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "server": (["serve"], {}),
+    "secured": (["--config", "flight.toml", "serve"], {}),
+    "mutual": (["--config", "flight.toml", "serve"], {"FRAISEQL_ARROW_FLIGHT_TLS_CLIENT_CA": "ca.pem"}),
+}
 
 
 class Reader:
@@ -29,7 +38,7 @@ class Reader:
         self.at = at
         (at / "examples").symlink_to(ROOT / "examples")
         self._held = held
-        self._address: str | None = None
+        self._addresses: dict[str, str] = {}
         inherited = {n: v for n, v in os.environ.items() if not n.startswith(("FRAISEQL_", "PYTHON", "DAGSTER_"))}
         self.environment = {
             **inherited,
@@ -39,16 +48,14 @@ class Reader:
         }
 
     def run(self, block: Block) -> subprocess.CompletedProcess[str]:
-        code = block.code
+        environment = self.environment
         if block.needs:
             self.lake()
-        if block.needs == "server":
-            code = code.replace("localhost:50051", self.server())
-        command = ["bash", "-euo", "pipefail", "-c", code] if block.language == "sh" else [sys.executable, "-c", code]
-        environment = self.environment
-        if block.needs == "server":
-            environment = {**environment, "FRAISEQL_ARROW_FLIGHT_BIND": self.server()}
-        return subprocess.run(command, cwd=self.at, env=environment, capture_output=True, text=True, check=False)
+        if block.needs in SERVERS:
+            address = self.server(block.needs)
+            block = replace(block, code=block.code.replace("localhost:50051", address))
+            environment = {**environment, "FRAISEQL_ARROW_FLIGHT_BIND": address}
+        return subprocess.run(block.command, cwd=self.at, env=environment, capture_output=True, text=True, check=False)
 
     def lake(self) -> None:
         """A lake with the last hours of a sample, unless the blocks above have made one."""
@@ -58,21 +65,25 @@ class Reader:
             command = [str(Path(sys.executable).parent / "fraiseql-pipeline"), *arguments]
             subprocess.run(command, cwd=self.at, env=self.environment, capture_output=True, check=True)
 
-    def server(self) -> str:
+    def server(self, kind: str) -> str:
         """``host:port`` of a Flight server over this reader's lake, started when first asked for."""
-        if self._address is None:
+        if kind not in self._addresses:
+            arguments, settings = SERVERS[kind]
+            if arguments != ["serve"] and not (self.at / "flight.toml").exists():
+                make_credentials(self.at, self.environment)
             with closing(socket.socket()) as probe:
                 probe.bind(("127.0.0.1", 0))
-                self._address = f"127.0.0.1:{probe.getsockname()[1]}"
+                address = f"127.0.0.1:{probe.getsockname()[1]}"
             process = subprocess.Popen(
-                [Path(sys.executable).parent / "fraiseql-pipeline", "serve"],
+                [Path(sys.executable).parent / "fraiseql-pipeline", *arguments],
                 cwd=self.at,
-                env={**self.environment, "FRAISEQL_ARROW_FLIGHT_BIND": self._address, "FRAISEQL_METRICS_BIND": "off"},
+                env={**self.environment, **settings, "FRAISEQL_ARROW_FLIGHT_BIND": address, "FRAISEQL_METRICS_BIND": "off"},
             )
             self._held.callback(process.wait, 60)
             self._held.callback(process.terminate)
-            _wait_for(self._address, process)
-        return self._address
+            _wait_for(address, process)
+            self._addresses[kind] = address
+        return self._addresses[kind]
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
@@ -120,4 +131,4 @@ def test_the_readme_has_blocks_that_run() -> None:
 def test_a_block_cannot_hide_behind_an_unknown_marker() -> None:
     for document in documents():
         for marker in re.findall(r"<!-- ?(.*?) ?-->\n```", document.read_text(encoding="utf-8")):
-            assert re.match(r"block: (server|lake|dagster)$|not run: .+", marker), f"{document.name}: {marker}"
+            assert re.match(r"block: (server|secured|mutual|lake|dagster)$|not run: .+", marker), f"{document.name}: {marker}"

@@ -39,6 +39,8 @@ def test_a_report_on_flight_has_every_case_and_every_ratio(tmp_path: Path, monke
     assert ("server with compact+zstd kept", "memory") in figures
     assert all(result.skipped is None or result.case == "ROAPI, Flight SQL" for result in report.results)
     assert all(ratio.value is not None for ratio in report.ratios)
+    cold = {result.case: result.median for result in report.results if (result.metric, result.case[:5]) == ("first_batch", "cold ")}
+    assert [ratio.value for ratio in report.ratios if "cold" in ratio.name] == [cold["cold plain+zstd"], max(cold.values())]
     assert all(result.median is None or 0 < result.min <= result.median <= result.max for result in report.results)
 
 

@@ -90,6 +90,7 @@ def test_a_late_event_is_merged_once_and_the_audit_agrees(run: Run, changelog_ur
         ("merged", (end - timedelta(hours=2)).strftime("%Y-%m-%d-%H:%M"))
     ]
     assert said(run("late", "--json"))["windows"] == []
+    assert said(run("status", "--json"))["late_rows"] == 1
     assert said(run("audit", "--json"))["differing"] == []
 
 
@@ -170,20 +171,31 @@ def test_an_end_far_ahead_costs_no_more_than_now(run: Run, monkeypatch: pytest.M
 def test_audit_names_the_window_that_lost_an_event_in_the_source(run: Run, changelog_url: str, end: datetime) -> None:
     materialize(run)
     with psycopg.connect(changelog_url, autocommit=True) as connection:
-        connection.execute(
-            "DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log = (SELECT max(pk_entity_change_log) FROM core.tb_entity_change_log WHERE created_at < %s)",
+        gone = connection.execute(
+            "DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log = (SELECT max(pk_entity_change_log) FROM core.tb_entity_change_log WHERE created_at < %s)"
+            " RETURNING pk_entity_change_log, created_at",
             [end - timedelta(hours=3)],
-        )
+        ).fetchone()
+    assert gone is not None
     audited = run("audit", "--json")
     assert audited.exit_code == 3
     (differing,) = json.loads(audited.stdout)["differing"]
     assert differing["source_rows"] == differing["lake_rows"] - 1
+    assert "fewer events in the source needs --allow-shrink" in run("audit").stdout
     shrinking = run("materialize", "--start", "now-25h", "--end", "now")
     assert shrinking.exit_code == 5
     assert "--allow-shrink" in shrinking.output
     assert differing["window"] in shrinking.output
     again = materialize(run, "--allow-shrink")
     assert [window["window"] for window in again["windows"] if window["outcome"] == "replaced"] == [differing["window"]]
+    with psycopg.connect(changelog_url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO core.tb_entity_change_log (pk_entity_change_log, object_type, modification_type, object_id, created_at)"
+            " OVERRIDING SYSTEM VALUE VALUES (%s, 'Order', 'INSERT', gen_random_uuid(), %s)",
+            [gone[0], gone[1]],
+        )
+    restored = run("audit")
+    assert (restored.exit_code, "--allow-shrink" in restored.stdout) == (3, False), "the source has more, and nothing would be lost"
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv", "json"])

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 
-from fraiseql_pipeline.changelog import embedded
+from fraiseql_pipeline import pipeline
+from fraiseql_pipeline.changelog import embedded, open_changelog
 from fraiseql_pipeline.cli import demo, flight, main
 from fraiseql_pipeline.flight.server import serve
 from fraiseql_pipeline.flight.workers import Started, log_to_stderr
@@ -165,6 +166,33 @@ def test_doctor_names_source_and_lake_and_what_materialize_would_refuse(
     other = run("doctor", "--json", FRAISEQL_DATABASE_URL=reader)
     assert other.exit_code == 3
     assert "was published from one" in json.loads(other.stdout)["problems"][0]
+
+
+def test_doctor_makes_every_check_whatever_the_others_find(run: Run, lake: Lake, changelog_url: str) -> None:
+    del lake
+    away = {"FRAISEQL_DATABASE_URL": "postgresql://reader:secret@127.0.0.1:1/shop"}
+    looked = run("doctor", "--json", **away)
+    told = json.loads(looked.stdout)
+    assert (looked.exit_code, told["published_windows"], told["settled_pk"], len(told["problems"])) == (3, 6, None, 1)
+    shown = run("doctor", **away)
+    assert re.search(r"source +a problem, see below\n", shown.stdout)
+    assert re.search(r"published windows +6\n", shown.stdout)
+    assert "readable" not in shown.stdout
+    both = run("doctor", "--json", **away, FRAISEQL_LAKE_URI="/proc/nope")
+    assert both.exit_code == 5
+    source, storage = json.loads(both.stdout)["problems"]
+    assert ("FRAISEQL_DATABASE_URL" in source, "The lake cannot be written" in storage) == (True, True)
+    assert f"Problem: {source}" in run("doctor", **away, FRAISEQL_LAKE_URI="/proc/nope").stdout
+    with psycopg.connect(changelog_url) as writer:
+        writer.execute(
+            "INSERT INTO core.tb_entity_change_log (object_type, modification_type, created_at) VALUES ('Order', 'INSERT', 'infinity')"
+        )
+        writer.commit()
+        writer.execute("INSERT INTO core.tb_entity_change_log (object_type, modification_type) VALUES ('Order', 'INSERT')")
+        held = run("doctor", "--json", FRAISEQL_DATABASE_URL=changelog_url, FRAISEQL_SETTLE_TIMEOUT_SECONDS="0.1")
+    told = json.loads(held.stdout)
+    assert (held.exit_code, told["can_seal"], told["settled_pk"], told["published_windows"]) == (3, True, None, 6)
+    assert told["warnings"][-1].startswith("1 events have an infinite or impossible created_at")
 
 
 def test_who_blocks_is_told_once(run: Run, changelog_url: str, end: datetime) -> None:
@@ -343,6 +371,50 @@ def test_a_hole_can_be_skipped_as_the_message_says(run: Run, lake: Lake, end: da
 # ------------------------------------------------------------------------------------------------------------------ others
 
 
+def test_every_long_command_shows_on_a_terminal_that_it_goes_on(run: Run, changelog_url: str, end: datetime) -> None:
+    insert(changelog_url, end - HOUR)
+    materialized(run, changelog_url, end)
+    ticket = f"events:*:{(end - 2 * HOUR).isoformat()}:{end.isoformat()}:10"
+    for shown, command in (
+        ("Examining the lake", ("fsck",)),
+        ("Maintaining the lake", ("maintain",)),
+        ("Late events", ("late",)),
+        ("Reading", ("read", ticket)),
+    ):
+        drawn, piped = (run(*command, FRAISEQL_DATABASE_URL=changelog_url, **how) for how in (TERMINAL, {}))
+        assert (drawn.exit_code, piped.exit_code) == (0, 0), drawn.output
+        assert shown in drawn.stderr
+        assert piped.stderr == ""
+
+
+def test_the_demo_tells_what_it_measured_and_what_a_second_one_does(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_this_process(_: str, windows: list[Window], settings: Settings) -> None:
+        with open_changelog(settings) as changelog:
+            pipeline.materialize(windows, settings=settings, changelog=changelog, lake=Lake.of(settings))
+
+    monkeypatch.chdir(short_directory)
+    monkeypatch.setattr(demo, "_materialize", in_this_process)
+    first, again = (CliRunner().invoke(main, ["demo", "--events", "1000", "--json"]) for _ in range(2))
+    for result in (first, again):
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.stdout)
+        assert all(re.fullmatch("[a-z_]+", name) for name in told)
+        assert told["dagster_events_per_second"] > 0
+        assert told["events"] == told["accepted_rows"] + told["quarantined_rows"]
+    assert "are published" not in first.stderr
+    assert re.search(r"materializes (\d+) windows in one run; \1 are published, and are read and compared again", again.stderr)
+
+
+def test_options_of_the_program_may_stand_behind_the_command(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('lake_uri = "elsewhere"\n')
+    for given in (("--config", str(file)), (f"--config={file}",)):
+        assert json.loads(run("status", *given, "--json", FRAISEQL_LAKE_URI="").stdout)["lake"] == "elsewhere"
+    assert run("status", "--config").exit_code == 2
+    file.write_text('fraiseql_lake_uri = "elsewhere"\n')
+    assert "'fraiseql_lake_uri' (did you mean 'lake_uri'?)" in run("status", "--config", str(file)).stderr
+
+
 def test_an_object_store_that_fails_is_named(run: Run) -> None:
     options = {
         "AWS_ENDPOINT_URL": "http://key:hunter2@127.0.0.1:1",
@@ -363,8 +435,11 @@ def test_serve_says_what_it_does_without_a_change_log(run: Run, monkeypatch: pyt
         started(Started("grpc://127.0.0.1:1", None))
 
     monkeypatch.setattr(flight, "run", run_at_once)
-    assert "live: off, uploads: off (no FRAISEQL_DATABASE_URL);" in run("serve").stdout
-    assert "live: on, uploads: off;" in run("serve", FRAISEQL_DATABASE_URL="postgresql://db/app").stdout
+    alone, following = run("serve"), run("serve", FRAISEQL_DATABASE_URL="postgresql://db/app")
+    assert "live: off, uploads: off (no FRAISEQL_DATABASE_URL);" in alone.stdout
+    assert "With FRAISEQL_DATABASE_URL set to the change log they reach up to now" in alone.stderr
+    assert "live: on, uploads: off;" in following.stdout
+    assert following.stderr == ""
 
 
 def test_a_line_of_the_servers_log_begins_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +449,20 @@ def test_a_line_of_the_servers_log_begins_with_its_time(monkeypatch: pytest.Monk
     record.created = 1_767_225_600.25
     record.msecs = 250
     assert logging.root.handlers[0].format(record) == "2026-01-01T00:00:00.250Z WARNING flight: live events stop"
+
+
+def test_grpc_writes_no_header_into_the_servers_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    level = (binding := logging.getLogger("grpc._cython.cygrpc")).level
+    try:
+        log_to_stderr()
+        # What it says of a header of other bytes than ASCII, such as a token with something behind it.
+        binding.exception("Invalid encoding on %s", b"Bearer fq_token\xa0")
+        logging.getLogger("grpc._server").error("heard")
+    finally:
+        binding.setLevel(level)
+    assert "heard" in (said := capsys.readouterr().err)
+    assert "fq_token" not in said
 
 
 def test_less_than_the_budgets_are_meant_for_is_measured_and_not_judged(run: Run, changelog_url: str) -> None:

@@ -108,6 +108,11 @@ def test_only_new_adds_late_events_and_missing_windows_and_leaves_the_rest(locat
         missing.key: 7,
     }
     assert location.lake.published()[late].outcome == "merged"
+    assert {window.key: location.metadata()[window.key]["late rows"] for window in (early, late, missing)} == {
+        early.key: 0,
+        late.key: 2,
+        missing.key: 0,
+    }
 
 
 def test_only_new_tells_the_whole_window_not_what_it_added(location: Location, changelog_url: str) -> None:

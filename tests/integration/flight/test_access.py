@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pyarrow import flight
 
 from fraiseql_pipeline.cli import main
-from fraiseql_pipeline.errors import NotAllowed, NotAuthenticated, PipelineError, SettingsError
+from fraiseql_pipeline.errors import NotAllowed, NotAuthenticated, PipelineError, SettingsError, TicketError
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight import server as server_module
 from fraiseql_pipeline.flight.auth import new_token
@@ -310,7 +310,7 @@ def test_connect_sends_its_token(secured: Secured) -> None:
     with connect(secured.server.url, token=secured.reader) as client:
         rows = client.read(TICKET)
         assert set(rows["org_id"].to_pylist()) == {TENANTS[0]}
-        assert client.info(TICKET).rows is None
+        assert client.info(TICKET).rows == rows.num_rows, "its own, which the kept frames tell"
     with connect(secured.server.url) as client, pytest.raises(NotAuthenticated, match="send one valid bearer token"):
         client.read(TICKET)
     with connect(secured.server.url, token=signed(scope="publish")) as client, pytest.raises(NotAllowed, match="scope read"):
@@ -423,8 +423,10 @@ def test_the_audit_log_knows_every_call_and_no_secret(secured: Secured) -> None:
         rows = client.read(TICKET).num_rows
     call(secured.channel, "GetFlightInfo", bearer(canary))
     call(secured.channel, "DoAction", bearer(secured.everything))
+    with connect(secured.server.url, token=token) as client, pytest.raises(TicketError):
+        client.read(b"no ticket")
     text = secured.audit.read_text()
-    read, refused, action = [json.loads(line) for line in text.splitlines()[begin:]]
+    read, refused, action, mistaken = [json.loads(line) for line in text.splitlines()[begin:]]
     assert (read["method"], read["principal"], read["org_id"], read["code"]) == ("DoGet", "ada", TENANTS[0], "OK")
     assert read["rows"] == rows
     assert read["bytes"] > 0
@@ -435,6 +437,7 @@ def test_the_audit_log_knows_every_call_and_no_secret(secured: Secured) -> None:
         "unknown",
     )
     assert (action["action"], action["principal"], action["org_id"]) == ("healthcheck", "root", None)
+    assert (read["reason"], mistaken["code"], mistaken["reason"]) == (None, "INVALID_ARGUMENT", "TicketError")
     for secret in (token, canary, secured.everything, secured.reader, SECRET, TICKET.decode(), "2026-11-01:"):
         assert secret not in text
 

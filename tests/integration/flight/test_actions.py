@@ -50,7 +50,7 @@ def test_the_actions_are_listed_with_what_they_take(client: flight.FlightClient)
     assert all(listed.values())
 
 
-@pytest.mark.parametrize("name", ["healthcheck", "refresh"])
+@pytest.mark.parametrize("name", ["healthcheck", "HealthCheck", "refresh"])
 def test_the_state_of_the_lake_is_told(lake: Lake, start_server: Callable[..., FlightServer], name: str) -> None:
     with flight.connect(start_server(lake).url) as client:
 

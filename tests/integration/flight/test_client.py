@@ -81,6 +81,22 @@ def test_the_receipt_is_there_when_a_stream_was_read_to_its_end(ours: Client) ->
         assert stream.receipt.rows == 6_000
 
 
+def test_a_table_keeps_what_the_receipt_says(ours: Client, lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    for number, state in ((0, "sealed"), (2, "provisional")):
+        publish(lake, hour(number), lake_events(hour(number), 5), state=state)
+    with connect(start_server(lake).url) as holed, holed.exchange() as exchange:
+        for read in (holed.read, exchange.read):
+            kept = read(start=hour(0).start, end="2026-11-05", allow_missing=True).schema.metadata
+            assert kept[b"fraiseql.complete_through"] == hour(2).end.isoformat().encode()
+            assert (kept[b"fraiseql.missing_windows"], kept[b"fraiseql.provisional_windows"]) == (b"1", b"1")
+            assert int(kept[b"fraiseql.table_version"]) == lake.snapshot().version
+            assert json.loads(kept[b"fraiseql.next_ticket"])["start"] == hour(2).end.isoformat()
+    compact = ours.read(start=hour(0).start, end=hour(1).end, profile="compact", limit=5).schema.metadata
+    assert compact[b"fraiseql.encoding"].startswith(b"compact")
+    assert compact[b"fraiseql.complete_through"] == hour(1).end.isoformat().encode()
+    assert b"fraiseql.next_ticket" not in compact, "what a limit cut off may be anywhere"
+
+
 def test_errors_are_of_this_packages_tree_with_the_sentence_of_the_server(
     ours: Client, lake: Lake, start_server: Callable[..., FlightServer]
 ) -> None:

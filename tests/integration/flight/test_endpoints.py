@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -290,13 +291,34 @@ def many(windows: int) -> Snapshot:
 def test_a_view_is_built_once_per_version(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     init = View.__init__
-    monkeypatch.setattr(View, "__init__", lambda self, snapshot: (built.append(snapshot.version), init(self, snapshot))[1])
+    monkeypatch.setattr(
+        View, "__init__", lambda self, snapshot, *more: (built.append(snapshot.version), init(self, snapshot, *more))[1]
+    )
     views = Views(lake)
     for version in range(1, 4):
         publish(lake, hour(version), lake_events(hour(version), 3))
         for _ in range(5):
             views.newest()
     assert len(built) == 3
+
+
+def test_a_view_that_is_made_of_the_one_before_is_as_one_made_anew(lake: Lake) -> None:
+    views = Views(lake)
+    for number, rows in ((3, 5), (1, 4), (3, 6), (0, 2), (1, 4)):
+        publish(lake, hour(number), lake_events(hour(number), rows))
+        found, alone = views.newest(), View(Lake(lake.uri).snapshot())
+        for name in ("spans", "starts", "ends", "reaches", "settled_pks", "rows", "provisional", "uncounted", "far", "holes"):
+            assert getattr(found, name) == getattr(alone, name), name
+    publish(lake, hour(5), lake_events(hour(5), 1))
+    last = views.newest()
+    publish(lake, hour(1), lake_events(hour(1), 9))
+    newest = views.newest()
+    kept = [one is other for one, other in zip(last.spans, newest.spans, strict=True)]
+    assert kept == [True, False, True, True], "only what was committed is made anew"
+    snapshot = newest.snapshot
+    shuffled = View(replace(snapshot, published=dict(reversed(snapshot.published.items()))))
+    fewer = replace(snapshot, published=dict(list(snapshot.published.items())[:2]))
+    assert View.after(shuffled, fewer).spans == newest.spans[:2], "whatever the order"
 
 
 def test_endpoints_of_many_windows_share_them_evenly() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,16 @@ def test_a_tenant_gets_its_events_and_nothing_is_said_of_others(grouped: tuple[F
     assert sent.rows == pc.sum(pc.equal(table["org_id"], TENANTS[2])).as_py()
 
 
+def test_what_is_kept_takes_no_more_memory_however_many_types_its_readers_name(grouped: tuple[FlightServer, pa.Table]) -> None:
+    server, _ = grouped
+    with FrameStore(10**9) as store:
+        for number in range(3):
+            names = ("Order", *(f"{number}.{other}" for other in range(10_000)))
+            messages(FrameStreams(store), server.lake, Ticket(start=MIDNIGHT, end=hour(3).end, entity_types=names))
+        assert len(store._entries) % 3 == 0
+        assert max(len(pickle.dumps(key)) for key in store._entries) < 1_000
+
+
 def hours(windows: int) -> list[Window]:
     return [hour(number) for number in range(windows)]
 
@@ -278,6 +289,24 @@ def test_bytes_are_exact_when_all_frames_are_kept_and_unknown_before(lake: Lake,
         client.do_get(info.endpoints[0].ticket).read_all()
         size = client.get_flight_info(descriptor).total_bytes
         assert 900 * 40 < size < 900 * 1_000
+
+
+def test_rows_of_a_filter_are_exact_when_all_frames_are_kept_and_unknown_before(
+    lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    for window in hours(3):
+        publish(lake, window, lake_events(window, 300))
+    descriptor = flight.FlightDescriptor.for_command("events:Order|User:2026-11-01:2026-11-01T03:00:00:10000")
+    part = flight.FlightDescriptor.for_command("events:Order|User:2026-11-01:2026-11-01T02:30:00:10000")
+    with flight.connect(start_server(lake).url) as client:
+        info = client.get_flight_info(descriptor)
+        assert (info.total_records, info.total_bytes) == (-1, -1)
+        rows = client.do_get(info.endpoints[0].ticket).read_all().num_rows
+        info = client.get_flight_info(descriptor)
+        assert info.total_records == rows > 0
+        assert info.total_bytes > 0
+        cut = client.get_flight_info(part)
+        assert (cut.total_records, cut.total_bytes) == (-1, -1), "a frame is cut"
 
 
 def test_the_time_a_filter_cuts_is_the_lakes(grouped: tuple[FlightServer, pa.Table]) -> None:

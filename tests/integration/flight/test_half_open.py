@@ -97,7 +97,9 @@ def test_an_answer_that_nobody_takes_keeps_its_slot_and_is_cut(
     asked = {"type": "events", "entity_type": [f"T{n}" for n in range(15_000)], "start": "2026-11-01", "end": "2026-11-02"}
     request = protocol.FlightDescriptor(type=protocol.CMD, cmd=json.dumps(asked).encode()).SerializeToString()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.http2.bdp_probe", 0)]) as channel:
-        ask = channel.unary_stream(f"/{protocol.SERVICE}/GetFlightInfo")  # which takes nothing until it is asked for the next message
+        ask = channel.unary_stream(
+            f"/{protocol.SERVICE}/GetFlightInfo"
+        )  # which takes nothing until it is asked for the next message
         untaken = [ask(request, metadata=bearer(tokens[0])) for _ in range(3)]
         eventually(lambda: cuts(server, "stalled") == 3)
         for call in untaken:

@@ -17,9 +17,10 @@ from pyarrow import flight
 
 from fraiseql_pipeline import connect, pipeline
 from fraiseql_pipeline.changelog import ChangeLog, open_changelog
-from fraiseql_pipeline.errors import FlightUnavailable, TicketError
+from fraiseql_pipeline.errors import FlightUnavailable, SourceRefused, TicketError
 from fraiseql_pipeline.flight import follow as following_module
 from fraiseql_pipeline.flight import live as live_module
+from fraiseql_pipeline.flight.client import Client
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -382,8 +383,39 @@ def test_a_log_the_lake_was_not_published_from_is_not_followed(
     publish_from_elsewhere(lake, Window(LAST, WindowSize.HOUR), lake_events(Window(LAST, WindowSize.HOUR), 10))
     with connect(start_server(lake, database_url=changelog_url, start=LAST).url) as client:
         assert client.read(start=LAST).num_rows == 10, "the lake is served all the same"
-        with pytest.raises(FlightUnavailable, match="cannot be followed right now"):
-            client.read(start="now", follow=True)
+        eventually(lambda: refusal(client) is SourceRefused)
+
+
+def refusal(client: Client) -> type[Exception]:
+    """What somebody gets who wants to follow."""
+    with pytest.raises((SourceRefused, FlightUnavailable), match="The change log cannot be followed") as error:
+        client.read(start="now", follow=True)
+    assert error.value.retryable == (error.type is FlightUnavailable)
+    return error.type
+
+
+def test_who_needs_a_log_that_is_refused_is_told_that_it_takes_more_than_a_moment(live: Followed) -> None:
+    old = live.write(LAST)
+    live.materialize(LAST)
+    live.reaches(live.write(datetime.now(UTC))[-1])
+    one = Follower(live.client)
+    live.log.close()
+    execute(live.url, "ALTER TABLE core.tb_entity_change_log RENAME TO gone")
+    execute(
+        live.url,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    one.ended()
+    assert type(one.error) is SourceRefused
+    assert "trying again helps when that is mended" in str(one.error)
+    assert live.url not in str(one.error)
+    assert refusal(live.client) is SourceRefused
+    with pytest.raises(SourceRefused):
+        live.keys(after_pk=0)
+    assert live.keys(start=LAST) == old, "the lake is served all the same"
+    execute(live.url, "ALTER TABLE core.gone RENAME TO tb_entity_change_log")
+    live.reaches(live.write(datetime.now(UTC))[-1])
+    assert not live.service.refused, "it found its way back"
 
 
 def test_a_server_without_a_change_log_does_not_follow(lake: Lake, start_server: Callable[..., FlightServer]) -> None:

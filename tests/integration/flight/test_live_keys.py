@@ -18,7 +18,7 @@ from pyarrow import flight
 
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import ChangeLog
-from fraiseql_pipeline.errors import FlightUnavailable, TicketError
+from fraiseql_pipeline.errors import FlightUnavailable, SourceRefused, TicketError
 from fraiseql_pipeline.flight import live as live_module
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import Client
@@ -180,7 +180,7 @@ def test_a_lake_that_is_published_from_another_log_moves_nothing_in_this_one(liv
     other = Window(LAST - HOUR, WindowSize.HOUR)
     publish(live.lake, other, lake_events(other, 5))
     assert len(live.keys(start=LAST - HOUR, end=LAST + HOUR)) == 8, "the lake alone"
-    with pytest.raises(FlightUnavailable, match="cannot be followed right now"):
+    with pytest.raises(SourceRefused, match="cannot be followed: the server refuses it"):
         live.keys(after_pk=0)
     eventually(lambda: not live.service.up)
     assert live.service.buffer.settled_pk == old[-1]

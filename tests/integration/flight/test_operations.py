@@ -20,23 +20,24 @@ import psutil
 import pytest
 from pyarrow import flight
 
-from fraiseql_pipeline.errors import FlightUnavailable, PipelineError, SettingsError
+from fraiseql_pipeline.errors import FlightUnavailable, LakeUnavailable, PipelineError, SettingsError, SourceRefused
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
 from fraiseql_pipeline.flight.server import FlightServer, serve
-from fraiseql_pipeline.flight.workers import run
+from fraiseql_pipeline.flight.workers import _COUNTS, run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
 from tests.integration.flight.test_limits import HELD, eventually, in_progress
 from tests.support.events import lake_events
+from tests.support.lakes import publish as publish_rows
 
 ROWS = 200_000
 EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
 PROGRAM = """
-from fraiseql_pipeline.flight.workers import run
+from fraiseql_pipeline.flight.workers import _COUNTS, run
 from fraiseql_pipeline.settings import Settings
 if __name__ == "__main__":
     run(Settings(), started=lambda where: print(where.url, where.metrics_url, flush=True))
@@ -119,31 +120,80 @@ def test_every_metric_that_is_shown_moves(lake_uri: str, start_server: Callable[
     assert not any(series.endswith("_created") for series in after)
 
 
-def test_the_lake_tells_how_far_it_reaches(lake: Lake) -> None:
-    state = LakeState(lake)
+def of_lake(state: LakeState) -> dict[str, float]:
+    """What the lake says, each without the prefix, and its label if it has one."""
+    return {
+        "/".join((sample.name.removeprefix("fraiseql_pipeline_"), *sample.labels.values())): sample.value
+        for metric in state.collect()
+        for sample in metric.samples
+        if "build_info" not in sample.name
+    }
 
-    def watermark() -> list[float]:
-        return [sample.value for metric in state.collect() for sample in metric.samples if "watermark" in sample.name]
 
-    assert watermark() == []
+NOTHING = {"windows/sealed": 0, "windows/provisional": 0, "holes": 0, "rows/accepted": 0, "rows/quarantined": 0, "late_rows": 0}
+
+
+def test_every_metric_of_the_lake_moves_with_its_commits(lake: Lake) -> None:
+    state = LakeState(lake, Settings(start=MIDNIGHT))
+    assert of_lake(state) == NOTHING
     assert state.ready()
-    publish(lake, hour(3), lake_events(hour(3), 1))
-    assert watermark() == [hour(3).end.timestamp()]
+    publish_rows(lake, hour(0), 5, settled_pk=1)
+    publish_rows(lake, hour(2), 3, 2, state="provisional")
+    reach = {
+        "watermark_timestamp_seconds": hour(2).end.timestamp(),
+        "complete_through_timestamp_seconds": hour(0).end.timestamp(),
+    }
+    rows = {"rows/accepted": 8, "rows/quarantined": 2, "late_rows": 0, "quarantine_rows/entity_id:uuid": 2}
+    assert of_lake(state) == {"windows/sealed": 1, "windows/provisional": 1, "holes": 1, **reach, **rows}
+    publish_rows(lake, hour(0), lake_events(hour(0), 5, seed=1), 1, append=True)
+    publish_rows(lake, hour(1), 1)
+    publish_rows(lake, hour(2), 3, 2)
+    reach["complete_through_timestamp_seconds"] = hour(2).end.timestamp()
+    rows = {"rows/accepted": 14, "rows/quarantined": 3, "late_rows": 6, "quarantine_rows/entity_id:uuid": 3}
+    assert of_lake(state) == {"windows/sealed": 3, "windows/provisional": 0, "holes": 0, **reach, **rows}
+    shown = {name.partition("/")[0] for name in of_lake(state)}
+    assert shown == LakeState.described().keys() - {"build_info"}, "shown, and never moved"
+
+
+def test_windows_that_are_missing_from_the_start_on_are_holes(lake: Lake) -> None:
+    publish_rows(lake, hour(3), 1)
+    shown = of_lake(LakeState(lake, Settings(start=MIDNIGHT)))
+    assert (shown["holes"], shown["complete_through_timestamp_seconds"]) == (3, MIDNIGHT.timestamp())
+    shown = of_lake(LakeState(lake, Settings()))
+    assert (shown["holes"], shown["complete_through_timestamp_seconds"]) == (0, hour(3).end.timestamp())
 
 
 def test_a_lake_that_cannot_be_read_is_not_ready(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fraiseql_pipeline.errors import LakeUnavailable
-
     def unavailable(*_: object) -> None:
         raise LakeUnavailable("The storage did not answer.")
 
-    shown = MetricsServer("127.0.0.1:0", [], LakeState(lake).ready)
+    state = LakeState(lake, Settings())
+    shown = MetricsServer("127.0.0.1:0", [], state.ready)
     assert get(f"{shown.url}/readyz") == (200, "ready\n")
     monkeypatch.setattr(Lake, "published", unavailable)
     assert get(f"{shown.url}/readyz") == (503, "not ready\n")
+    assert of_lake(state) == {}, "nothing is known, which is not 0"
     assert get(f"{shown.url}/healthz") == (200, "ok\n")
     assert get(f"{shown.url}/../../etc/passwd")[0] == 404
     shown.close()
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file"])
+@pytest.mark.parametrize("gone", [".", "events", "events/_delta_log"])
+def test_a_lake_that_is_gone_is_not_ready_until_it_is_back(lake: Lake, tmp_path: Path, gone: str, instead: str) -> None:
+    publish_rows(lake, hour(0), 1)
+    place, elsewhere = (Path(lake.uri) / gone).resolve(), tmp_path / "elsewhere"
+    state = LakeState(Lake(lake.uri), Settings())
+    assert state.ready()
+    place.rename(elsewhere)
+    if instead == "a file":
+        place.touch()
+    assert not state.ready()
+    assert of_lake(state) == {}
+    place.unlink(missing_ok=True)
+    elsewhere.rename(place)
+    assert state.ready()
+    assert of_lake(state)["rows/accepted"] == 1
 
 
 def test_metrics_that_cannot_be_shown_stop_the_start(lake_uri: str) -> None:
@@ -287,6 +337,62 @@ def read_or_none(url: str) -> int | None:
         return None
 
 
+COUNTS = """
+import os, struct, sys
+from pathlib import Path
+import grpc
+from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.flight import workers
+from fraiseql_pipeline.flight.edge import METHODS
+from fraiseql_pipeline.flight.metrics import Metrics
+directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+if "full" in sys.argv:
+    made = iter(range(2))
+    allocate = os.posix_fallocate
+    def full(*rest):
+        if next(made, None) is None:
+            raise OSError(28, "No space left on device")
+        allocate(*rest)
+    os.posix_fallocate = full
+try:
+    workers._reserve(directory)
+    workers._reserve(directory)
+except SettingsError as error:
+    print(error, len(list(directory.iterdir())))
+    raise SystemExit(0)
+metrics = Metrics(METHODS)
+metrics.live(1, 1, None)
+for method in METHODS:
+    for code in grpc.StatusCode:
+        metrics.ended(method, code.name, 1.0, sent_bytes=1, rows=1, waited=1.0)
+for file in directory.iterdir():
+    state = file.stat()
+    print(file.name, state.st_size == workers._COUNTS_BYTES and state.st_blocks * 512 >= state.st_size)
+"""
+
+
+def counted(directory: Path, *rest: str) -> list[str]:
+    """What a process says that counts as a worker does."""
+    directory.mkdir()
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "PROMETHEUS_MULTIPROC_DIR": str(directory)}
+    ended = subprocess.run(
+        [sys.executable, "-c", COUNTS, *rest], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return ended.stdout.splitlines()
+
+
+def test_all_that_a_worker_may_count_has_its_room_on_the_disk_before(tmp_path: Path) -> None:
+    files = [line.rsplit(" ", 1) for line in counted(tmp_path / "counts")]
+    assert {name.rsplit("_", 1)[0] for name, _ in files} == set(_COUNTS)
+    assert {reserved for _, reserved in files} == {"True"}
+
+
+def test_a_worker_without_room_for_its_counts_does_not_start_and_leaves_nothing(tmp_path: Path) -> None:
+    [said] = counted(tmp_path / "counts", "full")
+    assert "make room in the temporary directory" in said
+    assert said.endswith(" 0")
+
+
 @pytest.mark.slow
 def test_no_worker_outlives_its_supervisor(start: Start) -> None:
     process, _, _ = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2")
@@ -346,6 +452,30 @@ def test_a_worker_that_cannot_start_is_the_error_of_the_command(lake_uri: str) -
     )
     with pytest.raises(SettingsError, match="FRAISEQL_ARROW_FLIGHT_TOKENS_FILE must name files that can be read"):
         run(settings)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_change_log_that_is_refused_for_good_is_the_error_of_the_command(lake_uri: str, database: str, workers: int) -> None:
+    settings = Settings(
+        arrow_flight_bind="127.0.0.1:0",
+        metrics_bind="off",
+        arrow_flight_workers=workers,
+        lake_uri=lake_uri,
+        database_url=database,
+    )
+    with pytest.raises(SourceRefused, match=r"holds no FraiseQL change log.*set FRAISEQL_ARROW_FLIGHT_LIVE=false") as refused:
+        run(settings, started=lambda _: pytest.fail("it does not serve"))
+    assert refused.value.exit_code == 3
+
+
+def test_a_database_that_is_away_for_the_moment_keeps_no_server_from_its_lake(start: Start) -> None:
+    process, url, metrics = start(FRAISEQL_DATABASE_URL="postgresql://127.0.0.1:1/app")
+    assert get(f"{metrics}/readyz")[0] == 200
+    assert read_whole(url) == ROWS
+    with connect(url) as client, pytest.raises(FlightUnavailable, match="cannot be followed right now"):
+        client.read(start="now", follow=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
 
 
 @pytest.mark.slow

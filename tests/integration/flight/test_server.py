@@ -20,6 +20,7 @@ from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
 from tests.support.events import lake_events
+from tests.support.following import eventually
 
 ROWS = 200_000
 EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
@@ -135,6 +136,12 @@ def test_an_address_others_can_reach_is_served_when_insisted_on(lake: Lake) -> N
 def test_loopback_is_served_and_a_free_port_is_told(lake: Lake, bind: str) -> None:
     with serve(Settings(arrow_flight_bind=bind), lake=lake) as server, flight.connect(server.url) as client:
         assert list(client.list_flights()) == []
+
+
+def test_a_server_looks_at_the_lake_before_it_is_asked(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    version = publish(lake, hour(0), lake_events(hour(0), 5)).table_version
+    server = start_server(Lake(lake.uri))
+    eventually(lambda: list(server._service._views._kept) == [version])
 
 
 def test_a_cache_directory_that_takes_no_file_is_said_before_anybody_is_served(lake: Lake, tmp_path: Path) -> None:

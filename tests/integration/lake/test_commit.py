@@ -11,7 +11,7 @@ import pytest
 from deltalake import DeltaTable
 
 from fraiseql_pipeline.errors import LakeConflict, LakeDamaged, LakeError, WindowShrinks
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.lake.storage import LocalStorage
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.events import lake_events
@@ -210,6 +210,7 @@ def test_late_events_are_merged_on_top_and_counted(lake: Lake) -> None:
 
     assert (merged.outcome, merged.accepted_rows, merged.quarantined_rows) == ("merged", 1_000, 2)
     assert merged.source_rows == first.source_rows + len(late)
+    assert (first.late_rows, merged.late_rows) == (0, len(late))
     assert len(early) + len(late) == 1_000
     assert content(lake, HOUR).equals(everything)
     assert lake.fsck() == []
@@ -217,6 +218,38 @@ def test_late_events_are_merged_on_top_and_counted(lake: Lake) -> None:
     with pytest.raises(LakeConflict, match="merge it again"):
         publish(lake, HOUR, added, 0, settled_pk=PK + 6_000, append=True)
     assert content(lake, HOUR).num_rows == 1_000
+
+
+def test_late_events_are_counted_whether_they_are_merged_or_read_with_their_window(lake: Lake) -> None:
+    def keyed(rows: int) -> pa.Table:
+        """The first events of the hour, each with a key above those before it."""
+        return lake_events(HOUR, 100).slice(0, rows)
+
+    first_pk = keyed(1)["pk"][0].as_py()
+
+    def published(rows: int, **more: object) -> int:
+        commit = publish(lake, HOUR, keyed(rows), 0, settled_pk=first_pk + rows - 1, **more)
+        assert Lake(lake.uri).published()[HOUR] == commit
+        return commit.late_rows
+
+    assert published(50) == 0
+    assert published(60) == 10, "read again, with ten more"
+    merged = publish(lake, HOUR, keyed(65).slice(60), 0, settled_pk=first_pk + 64, append=True)
+    assert merged.late_rows == 15
+    assert published(65, force=True) == 15, "read again, with the same"
+    assert published(70) == 20
+    assert published(5, allow_shrink=True, force=True) == 5, "no more than there are"
+    day = publish(lake, Window.holding(HOUR.start, WindowSize.DAY), keyed(8), 0, settled_pk=first_pk + 7)
+    assert (day.outcome, day.late_rows) == ("published", 8), "the day takes over what its hours counted"
+    other = publish(lake, day.window, keyed(9), 0, settled_pk=first_pk + 8, identity="restored")
+    assert other.late_rows == 0, "the keys of another source do not compare"
+
+
+def test_a_commit_of_a_version_that_did_not_count_late_events_counts_none(lake: Lake) -> None:
+    commit = publish(lake, HOUR, 30)
+    stated = commit.as_json()
+    del stated["late_rows"]
+    assert Commit.from_json(stated, commit.table_version, 0).late_rows == 0
 
 
 def test_late_events_need_a_published_window_of_the_same_source(lake: Lake) -> None:

@@ -1,15 +1,23 @@
 import com.fasterxml.jackson.databind.JsonNode;
 import com.fasterxml.jackson.databind.ObjectMapper;
+import java.io.FileInputStream;
 import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
 import java.time.Instant;
 import java.time.temporal.ChronoUnit;
+import java.util.HashMap;
 import java.util.Map;
+import java.util.Set;
 import java.util.TreeMap;
+import org.apache.arrow.flight.CallOption;
 import org.apache.arrow.flight.FlightClient;
 import org.apache.arrow.flight.FlightRuntimeException;
 import org.apache.arrow.flight.FlightStream;
 import org.apache.arrow.flight.Location;
 import org.apache.arrow.flight.Ticket;
+import org.apache.arrow.flight.auth2.BearerCredentialWriter;
+import org.apache.arrow.flight.grpc.CredentialCallOption;
 import org.apache.arrow.memory.ArrowBuf;
 import org.apache.arrow.memory.RootAllocator;
 import org.apache.arrow.vector.TimeStampNanoTZVector;
@@ -19,11 +27,14 @@ import org.apache.arrow.vector.VectorSchemaRoot;
 /**
  * Read the events of a ticket over Arrow Flight and count them.
  *
- * <pre>java -jar target/read-events.jar grpc://localhost:50051 'events:Order:now-1h:now:10000'</pre>
+ * <pre>java -jar target/read-events.jar grpc://localhost:50051 'events:Order:now-1h:now:10000'
+ * java -jar target/read-events.jar --ca ca.pem --token-file token grpc+tls://HOST:50051 'events:Order:now-1h:now:10000'</pre>
  *
  * The stream is read batch by batch, so any range fits into memory. Nothing is printed unless all of it arrived.
  */
 public final class ReadEvents {
+  private static final Set<String> OPTIONS = Set.of("--ca", "--token-file", "--cert", "--key");
+
   private final Map<String, Long> byType = new TreeMap<>();
   private long rows;
   private long withoutUser;
@@ -32,13 +43,18 @@ public final class ReadEvents {
   private long lastNanos;
 
   public static void main(String[] arguments) throws Exception {
-    if (arguments.length != 2) {
-      System.err.println("usage: read-events grpc://host:port TICKET");
+    Map<String, String> files = new HashMap<>();
+    int at = 0;
+    for (; at + 2 < arguments.length && OPTIONS.contains(arguments[at]); at += 2) {
+      files.put(arguments[at], arguments[at + 1]);
+    }
+    if (arguments.length - at != 2) {
+      System.err.println("usage: read-events [--ca FILE] [--token-file FILE] [--cert FILE --key FILE] URL TICKET");
       System.exit(2);
     }
     ReadEvents events = new ReadEvents();
     try {
-      events.read(new Location(arguments[0]), arguments[1]);
+      events.read(new Location(arguments[at]), arguments[at + 1], files);
     } catch (FlightRuntimeException | IllegalStateException refused) {
       System.err.println(refused.getMessage());
       System.exit(1);
@@ -46,10 +62,30 @@ public final class ReadEvents {
     events.print();
   }
 
-  private void read(Location server, String ticket) throws Exception {
+  /** A client of a grpc:// or a grpc+tls:// server. Of the files, those may be missing that the server does not ask for. */
+  private static FlightClient connect(RootAllocator memory, Location server, Map<String, String> files) throws Exception {
+    FlightClient.Builder builder = FlightClient.builder(memory, server);
+    if (files.containsKey("--ca")) {
+      builder.trustedCertificates(new FileInputStream(files.get("--ca")));
+    }
+    if (files.containsKey("--cert")) {
+      builder.clientCertificate(new FileInputStream(files.get("--cert")), new FileInputStream(files.get("--key")));
+    }
+    return builder.build();
+  }
+
+  private static CallOption[] headers(Map<String, String> files) throws Exception {
+    if (!files.containsKey("--token-file")) {
+      return new CallOption[0];
+    }
+    String token = Files.readString(Path.of(files.get("--token-file"))).strip();
+    return new CallOption[] {new CredentialCallOption(new BearerCredentialWriter(token))};
+  }
+
+  private void read(Location server, String ticket, Map<String, String> files) throws Exception {
     try (RootAllocator memory = new RootAllocator();
-        FlightClient client = FlightClient.builder(memory, server).build();
-        FlightStream stream = client.getStream(new Ticket(ticket.getBytes(StandardCharsets.UTF_8)))) {
+        FlightClient client = connect(memory, server, files);
+        FlightStream stream = client.getStream(new Ticket(ticket.getBytes(StandardCharsets.UTF_8)), headers(files))) {
       // One root for the whole stream: every next() fills it with the next batch.
       VectorSchemaRoot batch = stream.getRoot();
       byte[] receipt = {};

@@ -1,0 +1,87 @@
+"""Mistakes with TLS: each is told as what it is, and never as a server that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fraiseql_pipeline.cli import main
+from fraiseql_pipeline.errors import FlightRefused, FlightUnavailable, InputError, PipelineError
+from fraiseql_pipeline.flight.client import connect
+from fraiseql_pipeline.flight.server import FlightServer
+from fraiseql_pipeline.lake import Lake
+from tests.integration.flight.conftest import hour, publish
+from tests.support.certificates import Authority
+from tests.support.events import lake_events
+
+TICKET = "events:*:2026-11-01T00:00:00Z:2026-11-01T01:00:00Z:10000"
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "another authority")
+
+
+def _refused(url: str, **tls: Path) -> PipelineError:
+    with connect(url, **tls) as client, pytest.raises(PipelineError) as found:
+        client.read(TICKET)
+    assert "No Flight server answers" not in str(found.value)
+    assert url in str(found.value)
+    return found.value
+
+
+def test_each_mistake_with_tls_is_told_as_what_it_is(
+    lake: Lake, start_server: Callable[..., FlightServer], authority: Authority, stranger: Authority
+) -> None:
+    pair, theirs = authority.issue("server"), stranger.issue("client")
+    server = start_server(
+        lake,
+        arrow_flight_tls_cert=str(pair.cert),
+        arrow_flight_tls_key=str(pair.key),
+        arrow_flight_tls_client_ca=str(authority.ca),
+    )
+    plain = start_server(lake)
+    untrusted = _refused(server.url, tls_root_certs=stranger.ca)
+    assert (type(untrusted), "is not one this client trusts" in str(untrusted)) == (FlightRefused, True)
+    for certificate in ({}, {"cert_chain": theirs.cert, "private_key": theirs.key}):
+        unknown = _refused(server.url, tls_root_certs=authority.ca, **certificate)
+        assert (type(unknown), "seems to ask for a client certificate" in str(unknown)) == (FlightUnavailable, True)
+    without = _refused(server.url.replace("+tls", ""))
+    assert "seems to speak TLS; connect to it with grpc+tls://" in str(without)
+    unlike = _refused(server.url, tls_root_certs=authority.ca, cert_chain=pair.cert, private_key=theirs.key)
+    assert (type(unlike), "each must be PEM" in str(unlike)) == (InputError, True)
+    spoken = _refused(plain.url.replace("grpc", "grpc+tls"), tls_root_certs=authority.ca)
+    assert (type(spoken), "does not speak TLS" in str(spoken)) == (FlightRefused, True)
+
+
+def test_the_command_line_reads_over_mutual_tls(
+    lake: Lake, start_server: Callable[..., FlightServer], authority: Authority, tmp_path: Path
+) -> None:
+    publish(lake, hour(0), lake_events(hour(0), 5))
+    pair, mine = authority.issue("server"), authority.issue("client")
+    server = start_server(
+        lake,
+        arrow_flight_tls_cert=str(pair.cert),
+        arrow_flight_tls_key=str(pair.key),
+        arrow_flight_tls_client_ca=str(authority.ca),
+    )
+    trusting = ("read", TICKET, "--url", server.url, "--tls-root-certs", str(authority.ca))
+    read = CliRunner().invoke(main, [*trusting, "--cert-chain", str(mine.cert), "--private-key", str(mine.key)])
+    assert read.exit_code == 0, read.output
+    assert "5 events" in read.stdout
+    refused = CliRunner().invoke(main, [*trusting])
+    assert (refused.exit_code, "--cert-chain" in refused.stderr) == (6, True)
+    for half in (("--cert-chain", str(mine.cert)), ("--private-key", str(mine.key))):
+        alone = CliRunner().invoke(main, [*trusting, *half])
+        assert (alone.exit_code, "belong together" in alone.stderr) == (2, True)
+    absent = CliRunner().invoke(main, [*trusting, "--cert-chain", "absent.pem", "--private-key", str(mine.key)])
+    assert (absent.exit_code, "absent.pem" in absent.stderr) == (2, True)
+    assert "--cert-chain is for a Flight server" in CliRunner().invoke(main, ["read", TICKET, "--cert-chain", "c.pem"]).stderr
