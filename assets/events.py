@@ -69,13 +69,14 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
         can_subset=True,
     )
     def events(context: dg.AssetExecutionContext, config: Publishing, fraiseql: FraiseQL, flight: Flight) -> Iterator[Any]:
-        asked, done = partitions.windows_of(context), list[Materialization]()
+        done = list[Materialization]()
 
         def on_window(one: Materialization) -> None:
             done.append(one)
             context.log.info(_line(one))
 
         try:
+            asked = partitions.windows_of(context)
             partitions.must_be(windows, fraiseql.settings())
             with fraiseql.changelog() as changelog:
                 publish(asked, config, fraiseql.settings(), changelog, fraiseql.lake(), context.run.run_id, on_window)

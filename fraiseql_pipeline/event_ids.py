@@ -15,7 +15,8 @@ import os
 import secrets
 import tempfile
 import weakref
-from typing import TypeAlias
+from contextlib import suppress
+from typing import IO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,7 @@ class EventIds:
         # Drawn anew for every window, so that nobody can make up ids that share a hash.
         self._factors = [secrets.randbits(64) | 1 for _ in _WORDS]
         self._texts = tempfile.SpooledTemporaryFile(max_size=self._SPILL_BYTES)  # noqa: SIM115  as long as self
-        weakref.finalize(self, self._texts.close)
+        weakref.finalize(self, _close, self._texts)
 
     def admit(self, ids: pa.Array, sound: npt.NDArray[np.bool_] | None = None) -> Rows:
         """The positions of ids that were admitted before, or stand behind a sound one of the same batch; admits the other sound ones.
@@ -137,6 +138,7 @@ class EventIds:
         try:
             self._texts.seek(first * _UUID_BYTES)
             self._texts.write(texts[kept].tobytes())
+            self._texts.flush()  # what is left to a later seek fails there
         except OSError as error:  # at ``_SPILL_BYTES`` a file is made
             why = os.strerror(error.errno) if error.errno else type(error).__name__
             raise PipelineError(
@@ -147,6 +149,11 @@ class EventIds:
             run = np.concatenate([self._runs.pop(), run])
             run.sort(kind="stable")  # which merges what is sorted already
         self._runs.append(run)
+
+
+def _close(texts: IO[bytes]) -> None:
+    with suppress(OSError):  # of a full disk, told when it was written to
+        texts.close()
 
 
 def _twins(
