@@ -17,7 +17,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData as Target,  # public in every event, exported nowhere
 )
 
-from fraiseql_pipeline.event import LAKE_SCHEMA
+from fraiseql_pipeline.event import LAKE_SCHEMA, PARTITION
 from fraiseql_pipeline.lake import Snapshot
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
@@ -149,7 +149,7 @@ def _unlike(found: pa.Schema) -> set[str]:
     """The columns that differ from the column table in type or nullability, are missing or are too many; Delta keeps the partition
     column in the path.
     """
-    wanted = {field.name: field for field in LAKE_SCHEMA if field.name != "event_date"}
+    wanted = {field.name: field for field in LAKE_SCHEMA if field.name != PARTITION}
     return {
         name
         for name in {*wanted, *found.names}

@@ -6,6 +6,8 @@ Loading reads settings, because the partitions follow from FRAISEQL_WINDOW and F
 configured it loads with the defaults.
 """
 
+from collections.abc import Mapping
+
 import dagster as dg
 
 from fraiseql_pipeline.settings import Settings
@@ -18,8 +20,16 @@ from .schedules import build_each_window
 from .sensors import build_catch_up
 
 
-def definitions(settings: Settings) -> dg.Definitions:
-    """The definitions for the windows of some settings; merge them into yours.
+def definitions(
+    settings: Settings,
+    *,
+    resources: Mapping[str, object] | None = None,
+    executor: dg.ExecutorDefinition | None = dg.in_process_executor,
+) -> dg.Definitions:
+    """The definitions for the windows of some settings, to be merged into yours with ``dg.Definitions.merge``.
+
+    ``resources`` take the place of ours of the same name: ``fraiseql`` (a ``FraiseQL``) and ``flight`` (a ``Flight``). ``executor``: None
+    where the definitions they are merged into have one; ours runs a step in the run's process.
 
     Partitions and what the UI says of the tables follow from these settings. A run reads its own, by the resource ``fraiseql``: they must
     have the same windows, or the run ends before it reads anything.
@@ -30,9 +40,9 @@ def definitions(settings: Settings) -> dg.Definitions:
         jobs=[benchmarks_job()],
         schedules=[build_each_window(settings, events), build_maintain()],
         sensors=[build_catch_up(events)],
-        resources={"fraiseql": FraiseQL(), "flight": Flight()},
+        resources={"fraiseql": FraiseQL(), "flight": Flight(), **(resources or {})},
         # One step per run, and a run is a process already: a second process would cost 2 to 3 seconds for nothing.
-        executor=dg.in_process_executor,
+        executor=executor,
     )
 
 

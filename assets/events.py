@@ -41,8 +41,13 @@ POOL = "fraiseql_change_log"
 class Publishing(dg.Config):
     """How a run publishes its windows; the defaults read every window again and replace what changed."""
 
-    force: bool = Field(False, description="rewrite windows whose content is unchanged")
+    force: bool = Field(
+        False,
+        description="publish from this source whatever the lake was published from, and write every window anew: unchanged, damaged or settled "
+        "further ones too",
+    )
     allow_shrink: bool = Field(False, description="let a window lose events that the source no longer has")
+    other_size: bool = Field(False, description="let the lake have windows of both sizes, days in the place of their hours")
     only_new: bool = Field(
         False, description="publish missing windows and add late events to the others, without reading these again"
     )
@@ -64,13 +69,14 @@ def build_events(settings: Settings, retries: dg.RetryPolicy = RETRIES) -> dg.As
         can_subset=True,
     )
     def events(context: dg.AssetExecutionContext, config: Publishing, fraiseql: FraiseQL, flight: Flight) -> Iterator[Any]:
-        asked, done = partitions.windows_of(context), list[Materialization]()
+        done = list[Materialization]()
 
         def on_window(one: Materialization) -> None:
             done.append(one)
             context.log.info(_line(one))
 
         try:
+            asked = partitions.windows_of(context)
             partitions.must_be(windows, fraiseql.settings())
             with fraiseql.changelog() as changelog:
                 publish(asked, config, fraiseql.settings(), changelog, fraiseql.lake(), context.run.run_id, on_window)
@@ -137,7 +143,14 @@ def publish(
     """Publish the windows of a run; ``on_window`` gets each as it is done, so that it is known even if a later one fails."""
     run: dict[str, Any] = {"settings": settings, "changelog": changelog, "lake": lake, "run_id": run_id}
     if not config.only_new:
-        pipeline.materialize(asked, force=config.force, allow_shrink=config.allow_shrink, on_window=on_window, **run)
+        pipeline.materialize(
+            asked,
+            force=config.force,
+            allow_shrink=config.allow_shrink,
+            other_size=config.other_size,
+            on_window=on_window,
+            **run,
+        )
         return
     published = lake.published(asked[0].start, asked[-1].end)  # of the other window size too
     standing = {window: published[window] for window in asked if window in published}
@@ -160,7 +173,8 @@ def publish(
             on_window(Materialization(window, replace(commit, outcome="unchanged")))
     # Last, so that a missing window that halts leaves those that stand told of, and not red in the UI.
     try:
-        pipeline.materialize([window for window in asked if window not in standing], on_window=on_window, **run)
+        missing = [window for window in asked if window not in standing]
+        pipeline.materialize(missing, other_size=config.other_size, on_window=on_window, **run)
     except PipelineError as error:
         if refusal is not None:
             error.refused = (*refusal.refused, *error.refused)

@@ -5,7 +5,7 @@ What lives here: the decision of the sensor and what one look tells the next. Wh
 Invariants
  1. The cause is looked at, not what was done about it: a window needs a run as long as it is missing or has late events.
  2. A window whose runs do not help is asked for ever more rarely: after 1, 2, 4, 8 … minutes while its cause stays the same. So a
-    permanent failure costs a dozen runs in two days, and an outage of any length heals by itself.
+    permanent failure costs a dozen runs in two days, and an outage of less than that heals by itself.
  3. It is asked for with ever fewer neighbours, in the end alone: a run ends at the window that fails, and one that fails for good
     must not keep those behind it from being published.
  4. A look reads keys of the change log only above what was settled when the look before was taken, except for windows that are recent
@@ -20,6 +20,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from fraiseql_pipeline.changelog import ChangeLog
+from fraiseql_pipeline.errors import WindowError
 from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, tile
@@ -64,12 +65,17 @@ class Memory:
 
     @classmethod
     def parse(cls, text: str | None) -> "Memory":
-        kept: dict[str, Any] = json.loads(text) if text else {}
-        asked = {
-            Window.parse(key): Asked(cause, times, datetime.fromisoformat(at))
-            for key, (cause, times, at) in kept.get("asked", {}).items()
-        }
-        return cls(Looked(*kept.get("looked", ())), asked)
+        """What ``dump`` made; nothing is remembered of another text, which somebody may have set by hand."""
+        try:
+            kept: dict[str, Any] = json.loads(text) if text else {}
+            asked = {
+                Window.parse(key): Asked(str(cause), int(times), datetime.fromisoformat(at))
+                for key, (cause, times, at) in kept.get("asked", {}).items()
+            }
+            pk, table_version, identity = kept.get("looked", (0, -1, ""))
+            return cls(Looked(int(pk), int(table_version), str(identity)), asked)
+        except (ValueError, TypeError, AttributeError, WindowError):
+            return cls()
 
     def dump(self) -> str:
         asked = {window.key: (one.cause, one.times, one.until.isoformat()) for window, one in self.asked.items()}

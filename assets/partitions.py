@@ -9,7 +9,7 @@ Invariants
 
 import dagster as dg
 
-from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.errors import InputError, SettingsError
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
 
@@ -36,8 +36,12 @@ def must_be(defined: dg.PartitionsDefinition | None, settings: Settings) -> None
 
 
 def windows_of(context: dg.AssetExecutionContext) -> list[Window]:
-    """The windows a run was given: one for a single partition, many for a range or a backfill."""
-    return [Window.parse(key) for key in context.partition_keys]
+    """The windows a run was given: one for a single partition, many for a range or a backfill. Raises ``InputError`` where there is none."""
+    given = context.has_partition_key or context.has_partition_key_range
+    windows = [Window.parse(key) for key in context.partition_keys] if given else []
+    if not windows:
+        raise InputError("This run was given no window: choose a partition, or a range that begins before it ends.")
+    return windows
 
 
 class _WindowsPerRun(dg.BackfillPolicy):

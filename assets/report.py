@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
-from fraiseql_pipeline.event import COLUMNS, EXTRACTED, QUARANTINE_SCHEMA, Column
+from fraiseql_pipeline.event import COLUMNS, EXTRACTED, PARTITION, QUARANTINE_SCHEMA, Column
 from fraiseql_pipeline.lake import Snapshot
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
@@ -30,7 +30,7 @@ _SAMPLE_COLUMNS = ("timestamp", "event_type", "entity_type", "updated_fields")
 _QUARANTINE_DOCS = {
     "reasons": "why the row was rejected, `column:rule`, sorted",
     "window_key": "key of the window the row belongs to",
-    "event_date": "UTC date of the window; the partition column",
+    PARTITION: "UTC date of the window; the partition column",
 }
 
 

@@ -36,7 +36,7 @@ class FraiseQL(dg.ConfigurableResource):  # type: ignore[type-arg]
     @contextmanager
     def changelog(self) -> Iterator[ChangeLog]:
         """The change log in Postgres; without a database URL an embedded server with sample events."""
-        with open_changelog(self.settings()) as changelog:
+        with open_changelog(self.settings(), samples=True) as changelog:
             yield changelog
 
     def lake(self) -> Lake:

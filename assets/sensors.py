@@ -95,7 +95,7 @@ def _why_nothing(settings: Settings, needy: Collection[Window]) -> str:
         ]
     if others:
         said += [f"{others:,} published window{'s' if others > 1 else ''} with late events can get no run; see the warnings."]
-    return " ".join(said) or "Nothing is missing and nothing came late."
+    return " ".join(said) or "Nothing of the last two days is missing, and nothing came late."
 
 
 def _windows(tags: Mapping[str, str]) -> Iterator[Window]:

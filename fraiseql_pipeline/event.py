@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 EVENT_TYPES = ("Created", "Updated", "Deleted", "Custom")
 #: Upper-cased ``modification_type`` → ``event_type``. Anything else is not an event and is quarantined.
 VERBS = {"INSERT": "Created", "UPDATE": "Updated", "DELETE": "Deleted", "CUSTOM": "Custom", "NOOP": "Custom", "READ": "Custom"}
+#: The column the tables are partitioned by.
+PARTITION = "event_date"
 UUID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 Part = Literal["event", "envelope", "derived"]
@@ -215,7 +218,7 @@ COLUMNS: tuple[Column, ...] = (
         "extra_metadata::text",
     ),
     Column("cascade", pa.string(), True, "envelope", ("cascade",), "JSON text of graphql-cascade", '"cascade"::text'),
-    Column("event_date", pa.date32(), False, "derived", (), "UTC date of `timestamp`; the partition column"),
+    Column(PARTITION, pa.date32(), False, "derived", (), "UTC date of `timestamp`; the partition column"),
 )
 
 #: What a row kept that no column could hold: JSON text, null for a sound row. Extracted, never stored in ``events``.
@@ -252,10 +255,18 @@ QUARANTINE_SCHEMA = pa.schema(
         *BATCH_SCHEMA,
         pa.field("reasons", pa.list_(pa.field("element", pa.string())), nullable=False),
         pa.field("window_key", pa.string(), nullable=False),
-        pa.field("event_date", pa.date32(), nullable=False),
+        pa.field(PARTITION, pa.date32(), nullable=False),
     ]
 )
 """The table ``events_quarantine``: the row as read, why it was rejected (``column:rule``, sorted), the window and its date."""
 
 ORDER = ("timestamp", "pk")
 """The order of events everywhere: in a window, in a file's row groups, in a stream."""
+
+
+def in_order(at: pa.Array, pk: pa.Array, *, strictly: bool = True) -> bool:
+    """Whether rows with these times and keys, none of them null, stand in ``ORDER``; ``strictly``: and no two of them are the same."""
+    times, next_times, keys, next_keys = at[:-1], at[1:], pk[:-1], pk[1:]
+    rises = (pc.less if strictly else pc.less_equal)(keys, next_keys)
+    in_place = pc.or_(pc.less(times, next_times), pc.and_(pc.equal(times, next_times), rises))
+    return bool(pc.all(in_place, min_count=0).as_py())

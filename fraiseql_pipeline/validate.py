@@ -36,7 +36,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fraiseql_pipeline.errors import ValidationHalted
-from fraiseql_pipeline.event import BATCH_SCHEMA, EVENT_TYPES, EXTRACTED, LAKE_SCHEMA, QUARANTINE_SCHEMA, UUID_PATTERN, Column, Rule
+from fraiseql_pipeline.event import (
+    BATCH_SCHEMA,
+    EVENT_TYPES,
+    EXTRACTED,
+    LAKE_SCHEMA,
+    PARTITION,
+    QUARANTINE_SCHEMA,
+    UUID_PATTERN,
+    Column,
+    Rule,
+)
 from fraiseql_pipeline.event_ids import NO_ROWS, EventIds, Rows, malformed_ids, rows_where
 from fraiseql_pipeline.window import Window, to_micros
 
@@ -178,7 +188,7 @@ class Validator:
         # A window lies within one UTC date and its rows lie within the window, so their date is the window's.
         dates = pa.repeat(pa.scalar(self._window.start.date(), pa.date32()), batch.num_rows)
         return pa.RecordBatch.from_arrays(
-            [dates if name == "event_date" else batch.column(name) for name in LAKE_SCHEMA.names], schema=LAKE_SCHEMA
+            [dates if name == PARTITION else batch.column(name) for name in LAKE_SCHEMA.names], schema=LAKE_SCHEMA
         )
 
     def _quarantined(self, batch: pa.RecordBatch, faults: dict[str, Rows], rows: Rows) -> pa.RecordBatch:
@@ -194,7 +204,7 @@ class Validator:
             "reasons": pa.ListArray.from_arrays(pa.array(offsets), names, type=QUARANTINE_SCHEMA.field("reasons").type),
             "window_key": pa.repeat(pa.scalar(self._window.key), n),
             # The window's date, not the row's: a row may have no time, and the quarantine of a window is replaced as a whole.
-            "event_date": pa.repeat(pa.scalar(self._window.start.date(), pa.date32()), n),
+            PARTITION: pa.repeat(pa.scalar(self._window.start.date(), pa.date32()), n),
         }
         taken = batch.take(pa.array(rows))
         return pa.RecordBatch.from_arrays(

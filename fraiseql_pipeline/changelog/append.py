@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from psycopg import errors as pg
 
-from fraiseql_pipeline.changelog.connection import TABLE, connect, explain, sql
+from fraiseql_pipeline.changelog.connection import TABLE, explain, local_settings, opened, sql
 from fraiseql_pipeline.errors import InputError, PipelineError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import EVENT_SCHEMA, VERBS
 
@@ -35,7 +35,7 @@ _BETWEEN = "\x01"
 
 #: What other appends, or a migration, may hold a batch up.
 _LOCK_SECONDS = 30
-_STATEMENT_SECONDS = 120.0
+_SETTINGS = local_settings(120.0, {"lock_timeout": f"{_LOCK_SECONDS}s"})
 #: What closing waits for Postgres to cancel an append, and for the append to end.
 _CLOSE_SECONDS = 2.0
 
@@ -72,7 +72,7 @@ class Appender:
             try:
                 connection = self._connected()
                 with connection.transaction():
-                    connection.execute(sql("append_begin"))
+                    connection.execute(f"{_SETTINGS}; {sql('append_begin')}")
                     inserted = connection.execute(sql("append"), {**values, "producer": producer}).rowcount
             except (PipelineError, psycopg.Error) as error:
                 self._disconnect()
@@ -101,8 +101,9 @@ class Appender:
     def _connected(self) -> psycopg.Connection[tuple[Any, ...]]:
         if self._connection is None or self._connection.closed:
             self._disconnect()
-            self._connection = self._open.enter_context(connect(self._url, statement_timeout_seconds=_STATEMENT_SECONDS))
-            self._connection.execute(f"SET default_transaction_read_only = off; SET lock_timeout = '{_LOCK_SECONDS}s'")
+            self._connection = self._open.enter_context(opened(self._url))
+            # Of each BEGIN, whatever the role's defaults are.
+            self._connection.isolation_level, self._connection.read_only = psycopg.IsolationLevel.READ_COMMITTED, False
         return self._connection
 
     def _disconnect(self) -> None:
@@ -127,7 +128,7 @@ def _explained(error: PipelineError | psycopg.Error) -> PipelineError:
             f"The role may not append to {TABLE} (42501); grant it USAGE on schema core, SELECT and INSERT on the table, USAGE on the sequence of its "
             "column seq, and BYPASSRLS."
         )
-    if isinstance(error, pg.ReadOnlySqlTransaction):
+    if isinstance(error, pg.ReadOnlySqlTransaction | pg.FeatureNotSupported):  # the latter for BEGIN READ WRITE on a standby
         return SourceRefused("This Postgres takes no writes: it is a standby; set FRAISEQL_DATABASE_URL to the primary.")
     if isinstance(error, pg.LockNotAvailable):
         return SourceUnavailable(

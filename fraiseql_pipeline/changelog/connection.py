@@ -1,32 +1,37 @@
 """Connections to the change log's Postgres, and what their failures mean.
 
-What lives here: how a session is set up, the short control connection (psycopg), the SQL files, and the one translation of psycopg's
-errors into ours. What must not: a statement about events (``preflight.py``, ``settle.py``, ``late.py``), the data stream (``read.py``).
+What lives here: what every transaction of ours sets, the short control connection (psycopg), the SQL files, and the one translation of
+psycopg's errors into ours. What must not: a statement about events (``preflight.py``, ``settle.py``, ``counts.py``), the data stream
+(``read.py``).
 
 Invariants
- 1. Every session of ours is autocommit and reads UTF-8, UTC and ISO whatever the server, the role or the database say, and with
-    ``row_security`` off: Postgres then refuses where it would otherwise filter.
- 2. No message repeats a DSN, a host, a server's path, SQL or a value; Postgres' own texts carry all of them, so none is passed on.
+ 1. Every statement of ours reads UTF-8, UTC and ISO whatever the server, the role or the database say, and with ``row_security`` off:
+    Postgres then refuses where it would otherwise filter.
+ 2. Nothing is set for longer than a transaction: behind a pooler the server's connection is somebody else's in the next one. What only a
+    session can hold (LISTEN, the settings of samples) is left alone where the session is not ours, see ``is_direct``.
+ 3. No message repeats a DSN, a host, a server's path, SQL or a value; Postgres' own texts carry all of them, so none is passed on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import psycopg
 from psycopg import errors as pg
+from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
 
 from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
 
 TABLE = "core.tb_entity_change_log"
 
-#: What every session sets. Sent as statements after connecting, not as start-up options, which poolers refuse.
+#: What every transaction sets. Not as start-up options, which poolers refuse.
 SESSION: dict[str, str] = {
     "application_name": "fraiseql-pipeline",
     "client_encoding": "UTF8",
@@ -37,9 +42,6 @@ SESSION: dict[str, str] = {
     "extra_float_digits": "1",
     "search_path": "pg_catalog",
     "row_security": "off",
-    "default_transaction_isolation": "read committed",
-    "default_transaction_read_only": "on",
-    "default_transaction_deferrable": "off",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "600s",
     "jit": "off",
@@ -47,7 +49,7 @@ SESSION: dict[str, str] = {
 
 #: Postgres 17 and later can end a transaction by its age; a window takes as long as it takes, and the statement's own time-out bounds it.
 NO_TRANSACTION_TIMEOUT = (
-    "CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL THEN set_config('transaction_timeout', '0', {local}) END"
+    "CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL THEN set_config('transaction_timeout', '0', true) END"
 )
 
 #: A dead network must end a read instead of blocking it for ever: libpq's parameters, added where the URL does not set them.
@@ -67,10 +69,11 @@ def sql(name: str) -> str:
     return (files(__package__) / "sql" / f"{name}.sql").read_text("utf-8")
 
 
-def session_statements() -> str:
-    """The statements that set a session up (invariant 1), as one text without parameters."""
-    settings = [f"SET {name} = '{value}'" for name, value in SESSION.items()]
-    return "; ".join([*settings, f"SELECT {NO_TRANSACTION_TIMEOUT.format(local='false')}"])
+def local_settings(statement_timeout_seconds: float, more: Mapping[str, str] | None = None) -> str:
+    """The statement that sets ``SESSION`` and ``more`` for the transaction it stands in; without parameters, with a row of no use."""
+    settings = {**SESSION, **(more or {}), "statement_timeout": str(int(statement_timeout_seconds * 1000))}
+    set_all = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+    return f"SELECT {set_all}, {NO_TRANSACTION_TIMEOUT}"
 
 
 def parameters(url: str) -> dict[str, Any]:
@@ -89,23 +92,63 @@ def parameters(url: str) -> dict[str, Any]:
     return {**KEEPALIVE, **given}
 
 
+def startup(url: str) -> dict[str, Any]:
+    """``parameters`` with what is said in the first message, which poolers pass on: who we are, and our encoding."""
+    return {"application_name": SESSION["application_name"], **parameters(url), "client_encoding": SESSION["client_encoding"]}
+
+
 @contextmanager
-def connect(url: str, *, statement_timeout_seconds: float = 60.0) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-    """A control connection: autocommit, set up by ``SESSION``, closed at the end.
+def opened(url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """A connection with the server's own settings, autocommit, closed at the end: for who begins transactions, and sets them up.
 
     psycopg's errors leave it translated: ``SourceUnavailable`` (try again) or ``SourceRefused`` (something must be changed first).
     """
     try:
-        connection = psycopg.connect(**parameters(url), autocommit=True, prepare_threshold=None)
+        connection = psycopg.connect(**startup(url), autocommit=True, prepare_threshold=None)
     except psycopg.Error as error:
         raise explain(error) from None
     try:
         with connection:
-            with translated():
-                connection.execute(f"{session_statements()}; SET statement_timeout = {int(statement_timeout_seconds * 1000)}")
             yield connection
     except psycopg.Error as error:
         raise explain(error) from None
+
+
+@contextmanager
+def connect(url: str, *, statement_timeout_seconds: float = 60.0) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """A control connection, as ``opened``: every statement is a transaction of its own that reads and has ``SESSION``."""
+    before = (
+        f"SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY, NOT DEFERRABLE; {local_settings(statement_timeout_seconds)}"
+    )
+
+    class Question(psycopg.ClientCursor[Any]):
+        """Sends the settings and the statement in one message, which Postgres takes for one transaction: one round trip, and a connection
+        that breaks in the middle leaves no transaction open.
+        """
+
+        def execute(self, query: Any, params: Any = None, **options: Any) -> Question:
+            super().execute(f"{before}; {query}", params, **options)
+            while self.nextset():
+                pass
+            return self
+
+    with opened(url) as connection:
+        connection.cursor_factory = Question
+        for kind in ("timestamptz", "timestamp"):
+            connection.adapters.register_loader(kind, _Time)
+        yield connection
+
+
+class _Time(Loader):
+    """Times as ``SESSION`` has them printed; psycopg's own loader goes by the DateStyle of the session, which is not the transaction's."""
+
+    def load(self, data: Any) -> datetime:
+        return datetime.fromisoformat(bytes(data).decode())
+
+
+def is_direct(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the session at the other end is ours alone: a pooler makes up the process that it names when a client connects."""
+    return connection.execute("SELECT pg_backend_pid()").fetchone() == (connection.info.backend_pid,)
 
 
 @contextmanager

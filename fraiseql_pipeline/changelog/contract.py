@@ -13,28 +13,28 @@ from dataclasses import dataclass
 
 from fraiseql_pipeline.event import EXTRACTED
 
-_TEXT = ("text", "character varying")
+TEXT_TYPES = ("text", "character varying")
 _JSON = ("jsonb", "json")
 
 #: Column of the change log → the types it may have; the first is the contract's own.
 ACCEPTED_TYPES: Mapping[str, tuple[str, ...]] = {
     "pk_entity_change_log": ("bigint", "integer"),
-    "id": ("uuid", *_TEXT),
-    "modification_type": _TEXT,
-    "object_type": _TEXT,
-    "object_id": ("uuid", *_TEXT),
+    "id": ("uuid", *TEXT_TYPES),
+    "modification_type": TEXT_TYPES,
+    "object_type": TEXT_TYPES,
+    "object_id": ("uuid", *TEXT_TYPES),
     "created_at": ("timestamp with time zone", "timestamp without time zone"),
     "object_data": _JSON,
     "object_data_before": _JSON,
-    "tenant_id": ("uuid", *_TEXT),
-    "fk_contact": ("bigint", "integer", *_TEXT),
+    "tenant_id": ("uuid", *TEXT_TYPES),
+    "fk_contact": ("bigint", "integer", *TEXT_TYPES),
     "seq": ("bigint", "integer"),
     "updated_fields": ("text[]", "character varying[]"),
-    "change_status": _TEXT,
-    "actor_type": _TEXT,
-    "acting_for": ("uuid", "bigint", *_TEXT),
-    "schema_version": _TEXT,
-    "trace_id": _TEXT,
+    "change_status": TEXT_TYPES,
+    "actor_type": TEXT_TYPES,
+    "acting_for": ("uuid", "bigint", *TEXT_TYPES),
+    "schema_version": TEXT_TYPES,
+    "trace_id": TEXT_TYPES,
     "duration_ms": ("integer", "smallint"),
     "started_at": ("timestamp with time zone", "timestamp without time zone"),
     "commit_time": ("timestamp with time zone", "timestamp without time zone"),

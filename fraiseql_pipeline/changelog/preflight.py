@@ -145,6 +145,7 @@ def _check_sequence(connection: psycopg.Connection[Any], source: Mapping[str, An
             f"The sequence {sequence['name']} may give out negative keys, above which no event would be found; "
             f"ALTER SEQUENCE {sequence['name']} MINVALUE 1."
         )
+    _check_parts(connection, source, sequence)
     if sequence["readable"]:
         newest, drawn = connection.execute(sql("preflight_above_sequence").format(sequence=sequence["name"])).fetchone() or (
             None,
@@ -156,6 +157,21 @@ def _check_sequence(connection: psycopg.Connection[Any], source: Mapping[str, An
                 f"a replica does, and cannot be settled; SELECT setval('{sequence['name']}', {newest}), or read the database where they were first written."
             )
     return _Sequence(sequence["seqrelid"], sequence["name"], sequence["readable"])
+
+
+def _check_parts(connection: psycopg.Connection[Any], source: Mapping[str, Any], sequence: Mapping[str, Any]) -> None:
+    """A part that draws keys of its own gives events inserted into it directly keys that were settled long ago."""
+    foreign = _ask(connection, "preflight_parts", {"table": source["table_oid"], "sequence": sequence["seqrelid"]})
+    if not foreign:
+        return
+    name, column = foreign[0]["name"], "ALTER COLUMN pk_entity_change_log"
+    dropped = "DROP IDENTITY" if foreign[0]["identity"] else "DROP DEFAULT"
+    more = f" (so do {len(foreign) - 1} other parts)" if len(foreign) > 1 else ""
+    raise SourceRefused(
+        f"{name}, a part of {TABLE}, has keys from elsewhere than the sequence {sequence['name']}{more}, so events inserted into it directly may "
+        f"come with keys that were settled before and would never be found; ALTER TABLE {name} {column} {dropped}, and where events are inserted "
+        f"into it directly, {column} SET DEFAULT nextval('{sequence['name']}')."
+    )
 
 
 def _warnings(source: Mapping[str, Any], columns: Mapping[str, str], sequence: _Sequence) -> list[str]:

@@ -18,12 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fraiseql_pipeline.changelog.connection import TABLE
-from fraiseql_pipeline.changelog.contract import Contract
+from fraiseql_pipeline.changelog.contract import TEXT_TYPES, Contract
 from fraiseql_pipeline.event import EXTRACTED
 from fraiseql_pipeline.window import from_micros
 
 _US = "(extract(epoch FROM created_at) * 1000000)::bigint"
 _WIDE = ("data", "data_before", "updated_fields", "cdc_source", "extra_metadata", "cascade")
+#: A text that a row keeps although its JSON cannot be sent.
+_SHORT_BYTES = 8192
 _WIDE_SOURCES = ("object_data", "object_data_before", "updated_fields", "extra_metadata", "cascade")
 
 
@@ -56,11 +58,31 @@ class Statements:
         """The events of a part: columns of ``BATCH_SCHEMA``, ordered by (timestamp, pk)."""
         return f"SELECT {self._columns} FROM ({self._ordered(part)}) AS log"
 
-    def unreadable(self, part: Part, why: str) -> str:
-        """The first event of a part without its wide values; ``raw`` tells why they are missing and their stored sizes."""
-        sizes = ", ".join(f"'{name}', pg_column_size(\"{name}\")" for name in _WIDE_SOURCES)
+    def unreadable(self, part: Part, why: str, *, texts: bool) -> str:
+        """The first event of a part without its JSON, and without long texts, or without any where not ``texts``: what is no text of the
+        source's can always be sent. ``raw`` tells why they are missing and their stored sizes.
+        """
+        narrow = {
+            column.name: column.source[0]
+            for column in EXTRACTED
+            if len(column.source) == 1 and column.name not in _WIDE and self._contract.columns.get(column.source[0]) in TEXT_TYPES
+        }
+        narrow.pop("event_type", None)  # a word of ours
+        short = f"octet_length({{}}) <= {_SHORT_BYTES}" if texts else "{} IS NULL"
+        sizes = ", ".join(
+            [f"'{name}', pg_column_size(\"{name}\")" for name in _WIDE_SOURCES]
+            + [
+                f"'{name}', CASE WHEN NOT {short.format(_quoted(name))} THEN pg_column_size(\"{name}\") END"
+                for name in narrow.values()
+            ]
+        )
         raw = f"json_build_object('unreadable', json_strip_nulls(json_build_object('why', '{why}', 'stored_bytes', json_build_object({sizes}))))::text"
-        columns: Mapping[str, str] = {**dict.fromkeys(_WIDE, "NULL::text"), "updated_fields": "NULL::text[]", "raw": raw}
+        columns: Mapping[str, str] = {
+            **dict.fromkeys(_WIDE, "NULL::text"),
+            **{name: f"CASE WHEN {short.format(_quoted(source))} THEN {_quoted(source)} END" for name, source in narrow.items()},
+            "updated_fields": "NULL::text[]",
+            "raw": raw,
+        }
         selected = ", ".join(
             f'{columns.get(column.name) or column.sql or _quoted(column.source[0])} AS "{column.name}"' for column in EXTRACTED
         )

@@ -35,9 +35,10 @@ import pyarrow as pa
 from fraiseql_pipeline.changelog.contract import Contract
 from fraiseql_pipeline.changelog.projection import Part, Statements
 from fraiseql_pipeline.changelog.reader import Reader, Stopped
-from fraiseql_pipeline.changelog.session import FAILURES, Server, Session, discard, explained, in_order, key
+from fraiseql_pipeline.changelog.session import FAILURES, Server, Session, discard, explained, key
 from fraiseql_pipeline.changelog.split import split
 from fraiseql_pipeline.errors import SourceError, SourceRefused, SourceUnavailable
+from fraiseql_pipeline.event import in_order
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
 
@@ -184,7 +185,8 @@ class Reading:
         # No generator: it would keep the batch until it is asked for the next one.
         if (batch := self._next()) is None:
             raise StopIteration
-        if not in_order(batch) or (self._last_key is not None and key(batch, 0) <= self._last_key):
+        at, pk = batch["timestamp"], batch["pk"]
+        if at.null_count or not in_order(at, pk) or (self._last_key is not None and key(batch, 0) <= self._last_key):
             raise SourceRefused(
                 "Postgres returned events out of the order (created_at, pk); an index of the change log may be damaged, check it with amcheck."
             )

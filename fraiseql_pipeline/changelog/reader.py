@@ -22,7 +22,7 @@ from fraiseql_pipeline.errors import SourceError
 if TYPE_CHECKING:
     from fraiseql_pipeline.changelog.read import Reading, Slot
 
-#: Rows of one batch while they are read one by one, and how many are tried alone behind the last one that came.
+#: Most rows of one batch while they are read one by one, and how many are tried alone behind the last one that came.
 _ISOLATED_ROWS, _SINGLE_ROWS = 1024, 3
 
 
@@ -141,7 +141,7 @@ class Reader(threading.Thread):
             raise error from None
 
     def _isolate(self, slot: Slot, rest: Part, why: str) -> Part:
-        """Passes on the events before one that cannot be read, then that one without its JSON; returns what remains.
+        """Passes on the events before one that cannot be read, then that one without what cannot be sent; returns what remains.
 
         Row by row, because the error says nothing about the row: events arrive in order until shortly before the one that fails (the driver
         keeps one back), and that one is tried alone. So two reads fail, where bisecting the part would need one for each halving, at the
@@ -153,12 +153,15 @@ class Reader(threading.Thread):
         self._reading.count_unreadable(why)
         session.recover()
         rows: list[pa.RecordBatch] = []
+        held_bytes = 0
         try:
             for row in session.stream(statements.events(rest), 1):
                 rows.append(row)
+                held_bytes += row.nbytes
                 rest = replace(rest, after_key=key(row, -1))
-                if len(rows) == _ISOLATED_ROWS:
+                if len(rows) == _ISOLATED_ROWS or held_bytes >= self._reading.batch_bytes:
                     self._pass_on(slot, rows)
+                    held_bytes = 0
         except FAILURES as error:
             if row_fault(error) is None:
                 raise
@@ -171,7 +174,7 @@ class Reader(threading.Thread):
                 if row_fault(error) is None:
                     raise
                 session.recover()
-                rows, fails = list(session.stream(statements.unreadable(rest, why), 1)), True
+                rows, fails = self._unreadable(session, rest, why), True
             if rows:
                 rest = replace(rest, after_key=key(rows[0], 0))
                 self._pass_on(slot, rows)
@@ -179,8 +182,20 @@ class Reader(threading.Thread):
                 break
         return rest
 
+    def _unreadable(self, session: Session, rest: Part, why: str) -> list[pa.RecordBatch]:
+        """The first event of a part with its short texts, or if it is one of them that cannot be sent, without."""
+        statements = self._reading.statements
+        try:
+            return list(session.stream(statements.unreadable(rest, why, texts=True), 1))
+        except FAILURES as error:
+            if row_fault(error) is None:
+                raise
+            session.recover()
+        return list(session.stream(statements.unreadable(rest, why, texts=False), 1))
+
     def _pass_on(self, slot: Slot, rows: list[pa.RecordBatch]) -> None:
-        if rows:
+        # Nearly always one batch; a column of more than 2 GiB makes several.
+        for batch in pa.Table.from_batches(rows).combine_chunks().to_batches() if rows else ():
             self._reading.reserve(slot)
-            self._reading.put(slot, pa.Table.from_batches(rows).combine_chunks().to_batches()[0])
-            rows.clear()
+            self._reading.put(slot, batch)
+        rows.clear()

@@ -8,7 +8,7 @@ Invariants
     role's defaults nor a pooler that swaps connections between transactions can change what a value means or which rows are seen.
  2. A session is either idle outside any transaction, or owned by one reader; whoever is in doubt closes it.
  3. No table is rewritten under a snapshot: the lock on the log is older than every snapshot that is taken here.
- 4. What leaves ``stream`` has exactly ``BATCH_SCHEMA``: no metadata of the driver's, no extension types.
+ 4. What leaves ``stream`` has exactly ``BATCH_SCHEMA``, no metadata of the driver's and no extension types, and its texts are UTF-8.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any
 import adbc_driver_manager
 import adbc_driver_postgresql
 import pyarrow as pa
-import pyarrow.compute as pc
 from adbc_driver_manager import AdbcConnection, AdbcStatement
 from adbc_driver_manager._reader import AdbcRecordBatchReader  # the only reader that keeps the SQLSTATE of an error
 from psycopg.conninfo import make_conninfo
 
 from fraiseql_pipeline.changelog.connection import (
-    NO_TRANSACTION_TIMEOUT,
     SESSION,
     TABLE,
     explain_sqlstate,
     explain_text,
-    parameters,
+    local_settings,
+    startup,
 )
+from fraiseql_pipeline.changelog.utf8 import are_utf8
 from fraiseql_pipeline.errors import SourceError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import BATCH_SCHEMA
 
@@ -42,12 +42,21 @@ from fraiseql_pipeline.event import BATCH_SCHEMA
 _IN_ORDER = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_sort": "off"}
 _ALWAYS = {"max_parallel_workers_per_gather": "0", "work_mem": "32MB", "jit": "off"}
 
-#: SQLSTATE of "one output row is larger than the server can build" (54000), or it ran out of memory or failed while building it.
-_OVERSIZE = frozenset({"54000", "53200", "XX000"})
+#: SQLSTATE of "one output row is larger than the server can build" (54000), or it ran out of memory or failed while building it; of a text
+#: that has no form in UTF-8 (22P05), or is none in the encoding of the database (22021).
+_OF_A_ROW = frozenset({"54000", "53200", "XX000", "22P05", "22021"})
 #: ADBC's words for a value that it cannot decode.
 _UNDECODABLE = "ReadRecord failed"
+
+
+class NotUtf8(ValueError):
+    """A batch holds a text that Postgres sent as it is and that is not UTF-8."""
+
+    sqlstate = "22021"
+
+
 #: What fails in ADBC and Arrow while a stream is read; a connection that breaks off is an OSError.
-FAILURES = (adbc_driver_manager.Error, OSError, pa.ArrowException)
+FAILURES = (adbc_driver_manager.Error, OSError, pa.ArrowException, NotUtf8)
 
 
 class Server:
@@ -63,8 +72,7 @@ class Server:
         try:
             with self._lock:
                 if self._database is None:
-                    conninfo = make_conninfo(**{"application_name": SESSION["application_name"], **parameters(self._url)})
-                    self._database = adbc_driver_postgresql.connect(conninfo)
+                    self._database = adbc_driver_postgresql.connect(make_conninfo(**startup(self._url)))
                 return Session(AdbcConnection(self._database))
         except FAILURES as error:
             raise explained(error) from None
@@ -84,23 +92,16 @@ class Session:
 
     def begin(self, *, timeout_seconds: float, free_plan: bool = False, snapshot: str | None = None) -> None:
         """Opens the transaction of a read, in an exported snapshot if one is named."""
-        timeout = f"{max(1, int(timeout_seconds * 1000))}ms"
+        timeout_seconds = max(0.001, timeout_seconds)  # 0 would be none
         self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         if snapshot is not None:
             self.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
         else:
             # Before anything that takes the snapshot: the rows of an ALTER TABLE that writes the table anew are invisible to older ones.
             self.execute(f"SET LOCAL lock_timeout = '{SESSION['lock_timeout']}'")
-            self.execute(f"SET LOCAL statement_timeout = '{timeout}'")
+            self.execute(f"SET LOCAL statement_timeout = {int(timeout_seconds * 1000)}")
             self.execute(f"LOCK TABLE {TABLE} IN ACCESS SHARE MODE")
-        settings = {
-            **{name: value for name, value in SESSION.items() if not name.startswith("default_transaction")},
-            **_ALWAYS,
-            **({} if free_plan else _IN_ORDER),
-            "statement_timeout": timeout,
-        }
-        set_all = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
-        self.ask(f"SELECT {set_all}, {NO_TRANSACTION_TIMEOUT.format(local='true')}")
+        self.ask(local_settings(timeout_seconds, {**_ALWAYS, **({} if free_plan else _IN_ORDER)}))
 
     def export(self) -> str:
         """Name of this transaction's snapshot, for ``begin`` of others as long as this transaction is open; before ``protect``."""
@@ -161,7 +162,10 @@ def discard(session: Session) -> None:
 
 
 def _aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same values as ``BATCH_SCHEMA``. Only names inside lists and the driver's metadata may differ: nothing is converted."""
+    """The same values as ``BATCH_SCHEMA``. Only names inside lists and the driver's metadata may differ: nothing is converted.
+
+    Raises ``NotUtf8``.
+    """
     columns = []
     for field, name, column in zip(BATCH_SCHEMA, batch.schema.names, batch.columns, strict=True):
         if name != field.name or not (
@@ -171,15 +175,9 @@ def _aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
                 f"Column {field.name} of the change log must be read as {field.type}, got {column.type}; check its type."
             )
         columns.append(column if column.type.equals(field.type) and not pa.types.is_list(field.type) else column.cast(field.type))
+    if not are_utf8(columns):
+        raise NotUtf8("not UTF-8")
     return pa.RecordBatch.from_arrays(columns, schema=BATCH_SCHEMA)
-
-
-def in_order(batch: pa.RecordBatch) -> bool:
-    """Whether (timestamp, pk) increases from each row to the next."""
-    at, pk = batch.column("timestamp").cast(pa.int64()), batch.column("pk")
-    at, next_at, pk, next_pk = at[:-1], at[1:], pk[:-1], pk[1:]
-    rises = pc.or_(pc.less(at, next_at), pc.and_(pc.equal(at, next_at), pc.less(pk, next_pk)))
-    return pc.all(rises, min_count=0).as_py() is True and at.null_count == 0
 
 
 def key(batch: pa.RecordBatch, row: int) -> tuple[int, int]:
@@ -192,7 +190,7 @@ def row_fault(error: BaseException) -> str | None:
     code: str | None = getattr(error, "sqlstate", None)
     if code is None and _UNDECODABLE in str(error):
         return "undecodable"
-    return code if code in _OVERSIZE else None
+    return code if code in _OF_A_ROW else None
 
 
 def explained(error: BaseException) -> SourceError:

@@ -1,7 +1,7 @@
 """``ChangeLog``: the change log of one database, as the rest of the package sees it.
 
 What lives here: opening it, and the calls. What must not: how any of them is done (``preflight.py``, ``settle.py``, ``read.py``,
-``late.py``).
+``counts.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TypeVar
 import psycopg
 import pyarrow as pa
 
-from fraiseql_pipeline.changelog import embedded, fill, late
+from fraiseql_pipeline.changelog import counts, embedded
 from fraiseql_pipeline.changelog.append import Appended, Appender
 from fraiseql_pipeline.changelog.connection import connect
 from fraiseql_pipeline.changelog.contract import Contract
-from fraiseql_pipeline.changelog.late import Audit, Late
+from fraiseql_pipeline.changelog.counts import Audit, Late
 from fraiseql_pipeline.changelog.preflight import preflight
 from fraiseql_pipeline.changelog.read import Readers
+from fraiseql_pipeline.changelog.samples import fill
 from fraiseql_pipeline.changelog.settle import Settlement, settle
 from fraiseql_pipeline.changelog.tail import Tail
 from fraiseql_pipeline.errors import SettingsError
@@ -77,16 +78,16 @@ class ChangeLog:
         return self._readers.read(self._proved(), window, settlement.settled_pk, after_pk)
 
     def late(self, published: Mapping[Window, int], after_pk: int = 0) -> list[Late]:
-        """Published windows (→ settled pk of their commit) with events above it; see ``late.late``."""
+        """Published windows (→ settled pk of their commit) with events above it; see ``counts.late``."""
         if not published:
             return []
         contract = self._proved()
-        return self._ask(lambda connection: late.late(connection, contract, published, after_pk))
+        return self._ask(lambda connection: counts.late(connection, contract, published, after_pk))
 
     def audit(self, window: Window, settled_pk: int) -> Audit:
         """What the source holds of a window up to a settled pk."""
         self._proved()
-        return self._ask(lambda connection: late.audit(connection, window, settled_pk))
+        return self._ask(lambda connection: counts.audit(connection, window, settled_pk))
 
     @contextmanager
     def tail(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[Tail]:
@@ -102,22 +103,22 @@ class ChangeLog:
     def unplaced(self) -> int:
         """Rows that belong to no window: ``created_at`` is null, infinite or outside the years 1 to 9999."""
         self._proved()
-        return self._ask(late.unplaced)
+        return self._ask(counts.unplaced)
 
     def count(self) -> int:
         """How many rows the log holds; reads all of it."""
         self._proved()
-        return self._ask(late.count)
+        return self._ask(counts.count)
 
     def span(self) -> tuple[datetime, datetime]:
         """The first and the last time of an event that has one. Raises ``SourceRefused`` when there is none."""
         self._proved()
-        return self._ask(late.span)
+        return self._ask(counts.span)
 
     def hours_from(self, start: datetime, most: int) -> list[datetime]:
         """The hours that have events at ``start`` or later, oldest first, at most so many: what was written ahead of the clock."""
         contract = self._proved()
-        return self._ask(lambda connection: late.hours_from(connection, contract, start, most))
+        return self._ask(lambda connection: counts.hours_from(connection, contract, start, most))
 
     def append(self, events: pa.RecordBatch, producer: str) -> Appended:
         """Insert events that the log does not hold yet, in one transaction on a connection of its own; see ``append.Appender``."""
@@ -151,12 +152,12 @@ def _where(connection: psycopg.Connection[tuple[object, ...]]) -> str:
 
 
 @contextmanager
-def open_changelog(settings: Settings, *, create: bool = False, samples: bool = True) -> Iterator[ChangeLog]:
+def open_changelog(settings: Settings, *, create: bool = False, samples: bool = False) -> Iterator[ChangeLog]:
     """The change log of ``settings.database_url``; touches nothing until it is asked.
 
-    Where no URL is set: the embedded one under the working directory, its server started or joined, filled with sample events at first
-    use; not so with ``samples`` off, nor where the lake is in an object store or a variable looks like a misspelt URL: nobody wants made-up
-    events there, and there is a ``SettingsError``. ``create`` makes the contract where it is missing, wherever the log is, and writes
+    Where no URL is set: the embedded one under the working directory, its server started or joined. Where there is none either,
+    ``samples`` has it made and filled with sample events; without ``samples``, and where the lake is in an object store or a variable looks
+    like a misspelt URL, nobody wants made-up events, and there is a ``SettingsError``. ``create`` makes the contract where it is missing, wherever the log is, and writes
     no events.
     """
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ events, a thread.
 Invariants
  1. ``read`` gives every event of its range that has a time a window can hold, once, in the order of pk; a stream that breaks raises.
  2. A notification (the trigger ``fn_entity_change_notify``, where upstream has it) only ends a wait sooner: events are found by
-    settling, so a lost one costs a moment and never an event.
+    settling, so a lost one costs a moment and never an event. Behind a pooler nobody listens: the session is not ours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 import pyarrow as pa
 
-from fraiseql_pipeline.changelog.connection import translated
+from fraiseql_pipeline.changelog.connection import is_direct, translated
 from fraiseql_pipeline.changelog.contract import Contract
 from fraiseql_pipeline.changelog.projection import Part, Statements
 from fraiseql_pipeline.changelog.read import Readers
@@ -57,7 +57,8 @@ class Tail:
         self.identity = contract.identity
         self.unreadable_rows = 0
         with translated():
-            connection.execute(f"LISTEN {CHANNEL}")
+            if is_direct(connection):
+                connection.execute(f"LISTEN {CHANNEL}")
 
     def settle(self) -> tuple[int, datetime]:
         """The settled pk, and the database's clock. Waits for open writers; raises ``SettleTimeout`` and ``SourceUnavailable``."""

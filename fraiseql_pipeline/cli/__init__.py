@@ -23,9 +23,10 @@ from urllib.parse import urlsplit
 import click
 
 from fraiseql_pipeline.cli import bench, demo, flight, lake, source, windows
-from fraiseql_pipeline.cli.output import Output, package_version, printable
+from fraiseql_pipeline.cli.output import Output, printable
 from fraiseql_pipeline.errors import LakeUnavailable, PipelineError, SettleTimeout
 from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.version import package_version
 
 
 class Commands(click.Group):

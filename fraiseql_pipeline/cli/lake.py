@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import click
 
@@ -51,13 +51,20 @@ def fsck(output: Output, repair: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--retention-days",
+    default=7,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How long a file is kept that the newest version does not need: readers of older versions may.",
+)
 @pass_output
-def maintain(output: Output) -> None:
-    """Compact closed days, write a checkpoint, delete files that nothing refers to any more."""
+def maintain(output: Output, retention_days: int) -> None:
+    """Compact days that ended two days ago, delete files that are not needed any more, write a checkpoint."""
     lake = Lake.of(output.settings)
     _check_something(lake)
     with output.progress("Maintaining the lake", None, ""):
-        done = asdict(lake.maintain(datetime.now(UTC)))
+        done = asdict(lake.maintain(datetime.now(UTC), retention=timedelta(days=retention_days)))
     output.result(done)
     rows = [(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else len(value)) for name, value in done.items()]
     output.table("Maintenance", ("what", "count"), rows)

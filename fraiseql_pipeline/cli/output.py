@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import IO, Any
 
 import click
@@ -24,14 +23,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fraiseql_pipeline.settings import Settings, unknown_variables
-
-
-def package_version() -> str:
-    try:
-        return version("fraiseql-pipeline")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+unknown"
-
 
 Step = Callable[[str, int], None]
 """Called as work is done: what was just done, and how many units that were."""

@@ -33,7 +33,12 @@ _TIME = "Time: ISO 8601 (naive is UTC), or now, now-1h, now-7d."
 @click.option("--start", required=True, help=f"First instant. {_TIME}")
 @click.option("--end", required=True, help="End, exclusive; of the windows up to it, those that have ended are published.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 32), help="Windows worked on side by side.")
-@click.option("--force", is_flag=True, help="Rewrite windows whose content is unchanged.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Publish from this source whatever the lake was published from, and write every window anew: unchanged, damaged or settled "
+    "further ones too.",
+)
 @click.option("--allow-shrink", is_flag=True, help="Let a window lose events that the source no longer has.")
 @click.option("--other-size", is_flag=True, help="Publish windows of another size than the lake has, whole days instead of hours.")
 @pass_output
@@ -41,8 +46,6 @@ def materialize(output: Output, start: str, end: str, jobs: int, force: bool, al
     """Publish the windows from --start to --end, one Delta commit each. Running it again changes nothing."""
     settings, lake = output.settings, Lake.of(output.settings)
     chosen = _windows(start, end, settings)
-    if not other_size:
-        _check_size(chosen, lake)
     with (
         _reported(output) as done,
         source_of(output, samples=True) as changelog,
@@ -61,6 +64,7 @@ def materialize(output: Output, start: str, end: str, jobs: int, force: bool, al
             jobs=jobs,
             force=force,
             allow_shrink=allow_shrink,
+            other_size=other_size,
             on_window=on_window,
         )
 
@@ -201,31 +205,11 @@ def _check_order(first: datetime, last: datetime) -> None:
         raise WindowError(f"--start must lie before --end, got {first.isoformat()} and {last.isoformat()}.")
 
 
-def _check_size(chosen: Sequence[Window], lake: Lake) -> None:
-    """A forgotten FRAISEQL_WINDOW would replace published hours by days, and nothing takes that back."""
-    size, newest = chosen[0].size, lake.newest()
-    if newest is None:
-        return
-    other = newest.window if newest.window.size is not size else None
-    if other is None and size is WindowSize.DAY:
-        other = next((w for w in lake.published(chosen[0].start, chosen[-1].end) if w.size is not size), None)
-    if other is not None:
-        raise WindowError(
-            f"The lake holds windows of one {other.size}, such as {other.key}, and FRAISEQL_WINDOW says {size}; "
-            f"set FRAISEQL_WINDOW={other.size}, or add --other-size if the lake shall have both, days in the place of their hours."
-        )
-
-
 def _windows(start: str, end: str, settings: Settings) -> list[Window]:
     """The windows that touch the range and have ended; a range up to ``now`` means up to the last of those."""
     now = datetime.now(UTC)
     first, last = parse_time(start, now), parse_time(end, now)
     _check_order(first, last)
-    if settings.first_window is not None and first < settings.first_window:
-        raise WindowError(
-            f"No window before FRAISEQL_START ({settings.first_window.isoformat()}) may be published, got --start {first.isoformat()}: all "
-            "windows between them would be missing to every read. Choose a later --start, or set an earlier FRAISEQL_START."
-        )
     chosen = [w for w in islice(tile(first, min(last, now), settings.window), _MOST_WINDOWS + 1) if w.end <= now]
     if len(chosen) > _MOST_WINDOWS:
         raise WindowError(

@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fraiseql_pipeline.event import UUID_PATTERN
+from fraiseql_pipeline.event_ids import malformed_ids
 from fraiseql_pipeline.event_json.kinds import KINDS, timestamps
 
 _Places: TypeAlias = npt.NDArray[np.int32]
@@ -295,13 +295,9 @@ def _unquoted(texts: pa.Array) -> pa.Array:
 
 
 def _are_uuids(values: pa.Array) -> _Mask:
-    """Which values of 36 bytes are UUIDs in lower case. That all are is told from their bytes as one text, six times quicker than row by row."""
-    count = len(values)
-    octets = values.buffers()[2].to_pybytes()
-    hyphens = b"-" * count
-    if octets.translate(None, b"0123456789abcdef") == hyphens * 4 and all(octets[at::36] == hyphens for at in (8, 13, 18, 23)):
-        return np.ones(count, np.bool_)
-    return _mask(pc.match_substring_regex(values, UUID_PATTERN))
+    fits = np.ones(len(values), np.bool_)
+    fits[malformed_ids(values)] = False
+    return fits
 
 
 def _objects_or_null(text: pa.Buffer, begins: _Places, ends: _Places) -> _Mask:

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from fraiseql_pipeline.errors import LakeEmpty, NotOffered, TicketError
 from fraiseql_pipeline.flight import protocol, session
 from fraiseql_pipeline.flight.auth import ADMIN, READ, Authenticator
-from fraiseql_pipeline.flight.edge import ANY, MAX_REQUEST_BYTES, Call, Edge
+from fraiseql_pipeline.flight.edge import ANY, Call, Edge
 from fraiseql_pipeline.flight.limits import Slots
 from fraiseql_pipeline.flight.service import FlightService, parse
 from fraiseql_pipeline.lake import Lake
@@ -175,22 +175,22 @@ _ACTIONS = {
 _ALSO_CALLED = {"HealthCheck": "healthcheck"}
 
 
-def health() -> grpc.GenericRpcHandler[Any, Any]:
+def health(edge: Edge) -> grpc.GenericRpcHandler[Any, Any]:
     """``grpc.health.v1``: whether there is a server. Probes have no credentials, so it says nothing else, and it is not counted.
 
     ``Watch`` is left to gRPC's UNIMPLEMENTED, which the protocol's clients take for "do not watch": a thread per prober is too much.
     """
 
-    def check(request: bytes, context: grpc.ServicerContext) -> bytes:
+    def check(request: bytes) -> bytes:
         try:
-            service = protocol.HealthCheckRequest.FromString(request[:MAX_REQUEST_BYTES]).service
+            service = protocol.HealthCheckRequest.FromString(request).service
         except DecodeError:
             service = None
         if service not in {"", protocol.SERVICE}:
-            context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
+            raise LookupError
         return protocol.HealthCheckResponse(status=protocol.SERVING).SerializeToString()
 
-    return grpc.method_handlers_generic_handler(protocol.HEALTH_SERVICE, {"Check": grpc.unary_unary_rpc_method_handler(check)})
+    return grpc.method_handlers_generic_handler(protocol.HEALTH_SERVICE, {"Check": edge.probe(check)})
 
 
 def _native(value: Any, kind: str) -> Any:

@@ -4,10 +4,13 @@ What lives here: who calls, whether they may, how many may, what is counted and 
 must not: an answer (``service.py``, ``actions.py``), a status code (``status.py``).
 
 Invariants
- 1. No method runs before its caller is authenticated and has the scope; what a method gets is a ``Call``, never the bare connection.
+ 1. No method runs, and no request is waited for, before its caller is authenticated, has the scope and a slot; what a method gets is a
+    ``Call``, never the bare connection.
  2. Every call is counted once and written to the audit log once, whatever became of it, also when its client has gone.
  3. No request above ``MAX_REQUEST_BYTES`` is parsed, whatever gRPC lets in for uploads.
- 4. The answers of a call are closed when it ends, so that files, snapshots and slots are free.
+ 4. Every RPC is a stream both ways to gRPC, which is the same on the wire. Of other kinds gRPC itself would wait for the request, in a thread
+    that no limit counts, and keep an answer that nobody takes in memory.
+ 5. The answers of a call are closed when it ends, so that files, snapshots and slots are free.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ MAX_REQUEST_BYTES = 256 * 1024
 ANY = ""
 
 _NOBODY = Caller("", None, frozenset())
-Kind = Literal["stream", "short"]
+Kind = Literal["stream", "plan", "short"]
 
 
 @dataclass(slots=True)
@@ -139,59 +142,55 @@ class Edge:
     def one(self, name: str, method: Callable[[bytes, Call], bytes], scope: str = READ) -> Any:
         """An RPC with one answer, which may take a while: the lake and the database are asked for it."""
 
-        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
-            call = Call(name, context, self._slots.max_rows)
-            code = "OK"
-            try:
-                self._admit(call, scope)
-                shared = not self._authenticator.knows_callers
-                with self._slots.plan(call.caller, context, shared=shared) as call.running:
-                    message = method(_bounded(request), call)
-                call.sent_bytes = len(message)
-                return message
-            except ClientGone:
-                code, call.reason = "CANCELLED", "client"
-                return b""
-            except Exception as error:  # noqa: BLE001 - the edge of the process
-                failed = self._failed(call, error)
-                code = failed.code.name
-                failed.abort(context)
-            finally:
-                self._ended(call, code)
+        def answer(request: bytes, call: Call) -> Iterator[bytes]:
+            yield method(request, call)
 
-        return grpc.unary_unary_rpc_method_handler(answer)
+        return self._handler(name, _of_one_request(answer), scope, "plan")
 
     def many(self, name: str, method: Callable[[bytes, Call], Iterator[bytes]], scope: str = READ, kind: Kind = "short") -> Any:
         """An RPC with a stream of answers. ``kind``: whether it is one of the streams that ``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS`` counts."""
-
-        def bounded(request: bytes, call: Call) -> Iterator[bytes]:
-            return method(_bounded(request), call)
-
-        return grpc.unary_stream_rpc_method_handler(self._streaming(name, bounded, scope, kind))
+        return self._handler(name, _of_one_request(method), scope, kind)
 
     def both(
         self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str, *, uploads: bool = False
     ) -> Any:
         """An RPC with streams both ways. ``uploads``: its requests may be as large as gRPC lets them be."""
-        return grpc.stream_stream_rpc_method_handler(
-            self._streaming(name, method if uploads else _all_bounded(method), scope, "stream")
-        )
+        return self._handler(name, method if uploads else _all_bounded(method), scope, "stream")
 
     def handshake(self, method: Callable[[Iterator[bytes], Call], Iterator[bytes]]) -> Any:
         """The RPC whose method finds out who calls. Its client gets seconds, not hours."""
-        return grpc.stream_stream_rpc_method_handler(self._streaming("Handshake", _all_bounded(method), None, "short"))
+        return self._handler("Handshake", _all_bounded(method), None, "short")
 
-    def _streaming(
-        self, name: str, method: Callable[[Any, Call], Iterator[bytes]], scope: str | None, kind: Kind
-    ) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
-        def answers(request: Any, context: grpc.ServicerContext) -> Generator[bytes]:
+    def probe(self, method: Callable[[bytes], bytes]) -> Any:
+        """An RPC that anybody may ask, so it is neither counted nor written down. ``LookupError`` of its method is NOT_FOUND."""
+
+        def answer(request: bytes, call: Call) -> Iterator[bytes]:
+            del call
+            yield method(request)
+
+        def answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Generator[bytes]:
+            call = Call("Check", context)
+            try:
+                with self._slots.probe(context) as call.running:
+                    yield from self._sent(call, _of_one_request(answer)(requests, call))
+            except (grpc.RpcError, ClientGone):
+                return
+            except LookupError:
+                context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
+            except Exception as error:  # noqa: BLE001 - the edge of the process
+                status.status_of(error).abort(context)
+
+        return grpc.stream_stream_rpc_method_handler(answers)
+
+    def _handler(self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str | None, kind: Kind) -> Any:
+        def answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Generator[bytes]:
             call = Call(name, context, self._slots.max_rows)
             code = "OK"
             counted = kind == "stream" and scope is not None
             try:
                 if scope is not None:
                     self._admit(call, scope)
-                with self._slot(call, kind, scope) as call.running, closing(_generator(method(request, call))) as messages:
+                with self._slot(call, kind, scope) as call.running, closing(_generator(method(requests, call))) as messages:
                     if counted:
                         self._metrics.streams.inc()
                     try:
@@ -211,7 +210,7 @@ class Edge:
             finally:
                 self._ended(call, code)
 
-        return answers
+        return grpc.stream_stream_rpc_method_handler(answers)
 
     def _sent(self, call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
         running = call.running
@@ -229,9 +228,8 @@ class Edge:
     def _slot(self, call: Call, kind: Kind, scope: str | None) -> AbstractContextManager[Running]:
         if scope is None:
             return self._slots.handshake(self._authenticator.introduced(call.context.invocation_metadata()), call.context)
-        if kind == "short":
-            return self._slots.short(call.caller, call.context)
-        return self._slots.stream(call.caller, call.context, shared=not self._authenticator.knows_callers)
+        take = {"stream": self._slots.stream, "plan": self._slots.plan, "short": self._slots.short}[kind]
+        return take(call.caller, call.context, shared=not self._authenticator.knows_callers)
 
     def _admit(self, call: Call, scope: str) -> None:
         call.caller = self._authenticator.caller(call.context.invocation_metadata(), tuple(call.context.peer_identities() or ()))
@@ -270,6 +268,18 @@ def _bounded(request: bytes) -> bytes:
     if len(request) > MAX_REQUEST_BYTES:
         raise InputError(f"A request must not have more than {MAX_REQUEST_BYTES} bytes, got {len(request)}.")
     return request
+
+
+def _of_one_request(method: Callable[[bytes, Call], Iterator[bytes]]) -> Callable[[Iterator[bytes], Call], Iterator[bytes]]:
+    """A method of one request as one of a stream of them: what comes behind the first is not looked at."""
+
+    def answers(requests: Iterator[bytes], call: Call) -> Iterator[bytes]:
+        request = next(call.received(requests), None)
+        if request is None:
+            raise InputError("The call ended before its request came.")
+        return method(_bounded(request), call)
+
+    return answers
 
 
 def _all_bounded(

@@ -23,7 +23,7 @@ from fraiseql_pipeline.flight.frames import is_full, no_disk
 from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
 from fraiseql_pipeline.window import Window, WindowSize, from_micros
 
-HOUR_US = 3_600_000_000
+HOUR_US = WindowSize.HOUR.micros
 
 #: How these files are told from the lake's.
 _PREFIX = "live/"

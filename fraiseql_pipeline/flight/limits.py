@@ -43,8 +43,12 @@ _log = logging.getLogger(__name__)
 #: What a client that is refused for want of a slot is told to wait.
 _RETRY_SECONDS = 1.0
 
-#: Calls other than streams of events that answer with several messages (ListFlights, DoAction …) and so can be held up by a client.
-SHORT_CALLS = 24
+#: Calls other than streams of events that answer with several messages (ListFlights, DoAction …) and so can be held up by a client, and
+#: those of one principal.
+SHORT_CALLS, SHORT_CALLS_EACH = 24, 8
+
+#: Health probes, and those of one address: a probe is a message and its answer.
+PROBES, PROBES_EACH = 16, 8
 
 #: Handshakes wait for a message of their client: so many of those whose header says who they are, and of those nobody knows yet; and of
 #: each of them. So who is silent keeps nobody else from logging in, unless it has many addresses, and never who sends a header.
@@ -146,7 +150,8 @@ class Slots:
         self._streams = Kind(streams, each, longest, "sends {} streams")
         # As many as streams: whoever may read may plan.
         self._plans = Kind(streams, each, longest, "plans {} tickets", "for this principal")
-        self._short = Kind(SHORT_CALLS, None, longest, "answers {} such calls")
+        self._short = Kind(SHORT_CALLS, SHORT_CALLS_EACH, longest, "answers {} such calls")
+        self._probes = Kind(PROBES, PROBES_EACH, _HANDSHAKE_SECONDS, "answers {} probes", "from this address")
         self._logins = Kind(HANDSHAKES, HANDSHAKES_EACH, _HANDSHAKE_SECONDS, "answers {} handshakes")
         self._strangers = Kind(HANDSHAKES, HANDSHAKES_EACH, _HANDSHAKE_SECONDS, "answers {} handshakes", "from this address")
         self._lock = threading.Lock()
@@ -159,7 +164,7 @@ class Slots:
     @property
     def most(self) -> int:
         """Calls that may have a slot at a time, of all kinds."""
-        return sum(kind.most for kind in (self._streams, self._plans, self._short, self._logins, self._strangers))
+        return sum(kind.most for kind in (self._streams, self._plans, self._short, self._probes, self._logins, self._strangers))
 
     def stream(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
         """A stream of events. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
@@ -169,16 +174,19 @@ class Slots:
         """A call with one answer, which may wait for the lake and the database. Raises ``FlightBusy``."""
         return self._run(self._plans, caller, context, None if shared else caller.name)
 
-    def short(self, caller: Caller, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
+    def short(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
         """Any other call that sends messages. Raises ``FlightBusy``."""
-        return self._run(self._short, caller, context, None)
+        return self._run(self._short, caller, context, None if shared else caller.name)
+
+    def probe(self, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
+        """A call that anybody may make. Raises ``FlightBusy``."""
+        return self._run(self._probes, None, context, _address(context))
 
     def handshake(self, caller: Caller | None, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
         """A call of somebody who logs in. ``caller``: whom its header proves it to be; None: nobody yet. Raises ``FlightBusy``."""
         if caller is not None:
             return self._run(self._logins, caller, context, caller.name)
-        address = context.peer().rpartition(":")[0]
-        return self._run(self._strangers, None, context, address)
+        return self._run(self._strangers, None, context, _address(context))
 
     def cancel(self, name: bytes, caller: Caller) -> int:
         """End the streams of a caller that carry this name; how many there were."""
@@ -197,13 +205,14 @@ class Slots:
         running = Running(context, caller, kind.seconds)
         with self._lock:
             self._admit(kind, limited)
+            if self._watch is None:
+                watch = threading.Thread(target=self._watch_all, name="flight-watch", daemon=True)
+                watch.start()  # first: where no thread can be had there is no slot
+                self._watch = watch
             self._running.add(running)
             self._held[kind] += 1
             if limited is not None:
                 self._held_by[kind, limited] += 1
-            if self._watch is None:
-                self._watch = threading.Thread(target=self._watch_all, name="flight-watch", daemon=True)
-                self._watch.start()
         try:
             if not context.add_callback(running.presence.leave):
                 running.presence.leave()
@@ -270,3 +279,8 @@ class Slots:
             context._rpc_event.call.cancel(code.value[0], sentence)  # see the module's docstring
         except (AttributeError, TypeError):
             context.cancel()
+
+
+def _address(context: grpc.ServicerContext) -> str:
+    """Of the client, without its port."""
+    return str(context.peer()).rpartition(":")[0]

@@ -34,8 +34,8 @@ from fraiseql_pipeline.errors import LakeUnavailable, PipelineError, SettingsErr
 from fraiseql_pipeline.flight.auth import REASONS
 from fraiseql_pipeline.flight.frames import Figures
 from fraiseql_pipeline.lake import Commit, Lake, Standing
-from fraiseql_pipeline.lake.publish import package_version
 from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.version import package_version
 from fraiseql_pipeline.window import Window
 
 _log = logging.getLogger(__name__)

@@ -32,11 +32,10 @@ import pyarrow.parquet as pq
 
 from fraiseql_pipeline.encoding import FEW_VALUES, FRAME_BYTES, dictionary_fits
 from fraiseql_pipeline.errors import LakeDamaged
-from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
+from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, PARTITION, in_order
 from fraiseql_pipeline.lake import File, Snapshot, file_errors
 from fraiseql_pipeline.window import FOREVER, from_micros, to_micros
 
-_PARTITION = "event_date"
 #: Files whose row groups are remembered: 300 bytes each.
 _REMEMBERED = 50_000
 #: Rows read at once, however short they are: more decode no faster, and the first frame waits for them.
@@ -189,7 +188,7 @@ def _in_order(snapshot: Snapshot, unit: tuple[File, ...]) -> tuple[Group, ...] |
             footer = parquet.metadata
             if file.rows is not None and footer.num_rows != file.rows:
                 raise LakeDamaged(f"A data file of {file.date} holds {footer.num_rows} rows, the log says {file.rows}; run fsck.")
-            wanted = pa.schema([f for f in LAKE_SCHEMA if f.name != _PARTITION])
+            wanted = pa.schema([f for f in LAKE_SCHEMA if f.name != PARTITION])
             if not footer.schema.to_arrow_schema().equals(wanted):
                 return None
             columns = {footer.schema.column(i).path: i for i in range(footer.num_columns)}
@@ -263,10 +262,10 @@ def _read_alone(
         mask = inside if mask is None else pc.and_(mask, inside)
     if mask is not None and not pc.any(mask).as_py():
         return
-    bulk = [name for name in columns if name not in few and name not in ORDER and name != _PARTITION]
-    if not _is_ordered(at, pk):
+    bulk = [name for name in columns if name not in few and name not in ORDER and name != PARTITION]
+    if not in_order(at, pk, strictly=False):
         whole = parquet.read_row_group(group.index, columns=[*ORDER, *few, *bulk], use_threads=False)
-        whole = whole.append_column(_PARTITION, pa.repeat(_date(file), whole.num_rows))
+        whole = whole.append_column(PARTITION, pa.repeat(_date(file), whole.num_rows))
         whole = whole if mask is None else whole.filter(mask)
         whole = whole.take(pc.sort_indices(whole, sort_keys=[(name, "ascending") for name in ORDER]))
         yield from held(whole.combine_chunks().to_batches()[0], columns)
@@ -297,7 +296,7 @@ def _read_alone(
                         arrays.append(times.cast(LAKE_SCHEMA.field(name).type))
                     elif name == "pk":
                         arrays.append(keys)
-                    elif name == _PARTITION:
+                    elif name == PARTITION:
                         arrays.append(pa.repeat(_date(file), len(times)))
                     else:
                         assert some is not None
@@ -388,12 +387,6 @@ def _narrowed(encoded: pa.DictionaryArray, mask: pa.Array | None) -> tuple[pa.Ar
     return values, places.take(encoded.indices)
 
 
-def _is_ordered(at: pa.Array, pk: pa.Array) -> bool:
-    before, after, pk_before, pk_after = at[:-1], at[1:], pk[:-1], pk[1:]
-    rising = pc.less(before, after)
-    return bool(pc.all(pc.or_(rising, pc.and_(pc.equal(before, after), pc.less_equal(pk_before, pk_after)))).as_py() is not False)
-
-
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(column.type) and column.num_chunks > 1:
         column = column.unify_dictionaries()
@@ -407,7 +400,7 @@ def _opened(snapshot: Snapshot, file: File) -> Iterator[pq.ParquetFile]:
 
 
 def _date(file: File) -> pa.Scalar:
-    return pa.scalar(date.fromisoformat(file.date), LAKE_SCHEMA.field(_PARTITION).type)
+    return pa.scalar(date.fromisoformat(file.date), LAKE_SCHEMA.field(PARTITION).type)
 
 
 def _instant(micros: int) -> datetime:

@@ -51,6 +51,10 @@ _END_SECONDS = 1.0
 #: Calls that wait for a thread; more are refused by gRPC itself.
 _WAITING_CALLS = 256
 
+#: After which a connection ends once its calls have, where clients are known by their certificates: one that has expired, or whose authority
+#: was taken away, is looked at again when the client connects anew.
+_CERTIFIED_SECONDS = 600
+
 _OPTIONS = (
     # A client that vanished without a word (power, network) is noticed, and its stream ended, after 60 + 20 seconds.
     ("grpc.keepalive_time_ms", 60_000),
@@ -98,9 +102,10 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
     threads = Threads(most, "flight")
     server = grpc.server(
         threads,  # type: ignore[arg-type] # all that is asked of it is ``submit``
-        handlers=[grpc.method_handlers_generic_handler(protocol.SERVICE, handlers), health()],
+        handlers=[grpc.method_handlers_generic_handler(protocol.SERVICE, handlers), health(edge)],
         options=(
             *_OPTIONS,
+            *((("grpc.max_connection_age_ms", _CERTIFIED_SECONDS * 1000),) if settings.arrow_flight_tls_client_ca else ()),
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES if log is None else _MAX_UPLOAD_BYTES),
             ("grpc.so_reuseport", int(share_port)),
         ),

@@ -8,6 +8,7 @@ validation rules, the order of a run, Flight.
     content      the content hash
     parquet      rows → files: encodings, row groups, statistics
     entry        one entry of a log: what it adds, removes and states
+    published    the windows of a table, each with its newest commit
     table        one Delta table: following its log, adding an entry, checkpoints
     staging      a window on its way in
     rewrite      files that hold more than one window

@@ -18,11 +18,11 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.transaction import AddAction, RemoveAction
 
 from fraiseql_pipeline.errors import LakeDamaged
+from fraiseql_pipeline.event import PARTITION
 from fraiseql_pipeline.lake.facts import KEY
 from fraiseql_pipeline.lake.parquet import NewFile
 from fraiseql_pipeline.window import FOREVER
 
-PARTITION = "event_date"
 ENGINE = "fraiseql-pipeline"
 
 

@@ -3,7 +3,7 @@
 What lives here: ``Facts`` (in), ``Commit`` (out), ``Finding`` (of ``fsck``) and the one JSON object that carries them in the Delta log.
 What must not: I/O.
 
-The object lies in ``commitInfo`` under the key ``fraiseql``; every Delta reader shows it in the table's history. Times are ISO 8601 in UTC.
+The object lies in ``commitInfo`` under the key ``fraiseql``, where delta-rs shows it in the table's history. Times are ISO 8601 in UTC.
 """
 
 from __future__ import annotations

@@ -189,14 +189,7 @@ class Lake:
         with storage_errors("examining the lake"):
             return examine(self.events, self.quarantine, repair=repair)
 
-    def maintain(
-        self,
-        now: datetime,
-        *,
-        horizon: timedelta = timedelta(days=2),
-        retention: timedelta = timedelta(days=7),
-        compact: bool = True,
-    ) -> Maintenance:
-        """Compact days that ended before ``now - horizon``, delete files older than the retention that no version needs, checkpoint."""
+    def maintain(self, now: datetime, *, retention: timedelta = timedelta(days=7)) -> Maintenance:
+        """Compact days that ended two days ago, delete files older than the retention that no version within it needs, checkpoint."""
         with storage_errors("maintaining the lake"):
-            return maintain((self.events, self.quarantine), now, horizon=horizon, retention=retention, compact=compact)
+            return maintain((self.events, self.quarantine), now, retention)

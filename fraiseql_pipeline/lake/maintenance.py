@@ -3,7 +3,7 @@
 What lives here: ``maintain`` and what it did. What must not: a clock (``now`` is an argument), or anything that changes which rows there are.
 
 Invariants
- 1. A day is compacted only when it ended before ``now`` − ``horizon``: open windows are never in a compaction's way.
+ 1. A day is compacted only when it ended ``_HORIZON`` before ``now``: open windows are never in a compaction's way.
  2. A compaction writes the same rows in (timestamp, pk) order and marks them ``dataChange = false``. Rows are counted before, while writing and after the
     commit; a difference is an error and commits nothing.
  3. Nothing younger than the retention is deleted, so pinned readers and writers at work keep their files.
@@ -22,7 +22,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
-from fraiseql_pipeline.lake.entry import File
+from fraiseql_pipeline.lake.entry import File, by_time
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.publish import ATTEMPTS
 from fraiseql_pipeline.lake.read import Snapshot, file_errors
@@ -30,6 +30,8 @@ from fraiseql_pipeline.lake.rewrite import conformed
 from fraiseql_pipeline.lake.storage import LOG, entry_name
 from fraiseql_pipeline.lake.table import Table
 
+#: How long ago a day must have ended: late events of yesterday are still coming.
+_HORIZON = timedelta(days=2)
 #: Checkpoints that stay: a reader that has just read the pointer may still open an older one.
 _KEPT_CHECKPOINTS = 20
 
@@ -46,14 +48,7 @@ class Maintenance:
     dropped_checkpoints: int = 0
 
 
-def maintain(
-    tables: Sequence[Table],
-    now: datetime,
-    *,
-    horizon: timedelta = timedelta(days=2),
-    retention: timedelta = timedelta(days=7),
-    compact: bool = True,
-) -> Maintenance:
+def maintain(tables: Sequence[Table], now: datetime, retention: timedelta) -> Maintenance:
     """Compact closed days, delete what no version within the retention needs, write a checkpoint."""
     if retention < timedelta(hours=1):
         raise InputError(f"The retention must be at least one hour, or readers lose the files they read; got {retention}.")
@@ -62,14 +57,13 @@ def maintain(
     for table in tables:
         if not table.refresh():
             continue
-        if compact:
-            for day, files in sorted(table.files.items()):
-                closed = datetime.combine(date.fromisoformat(day), time(), UTC) + timedelta(days=1) <= now - horizon
-                if closed and len(files) > -(-sum(f.size for f in files.values()) // table.storage.file_bytes):
-                    count = _compact(table, day)
-                    if count:
-                        done.append(f"{table.name} {day}")
-                        before, after = before + count[0], after + count[1]
+        for day, files in sorted(table.files.items()):
+            closed = datetime.combine(date.fromisoformat(day), time(), UTC) + timedelta(days=1) <= now - _HORIZON
+            if closed and len(files) > -(-sum(f.size for f in files.values()) // table.storage.file_bytes):
+                count = _compact(table, day)
+                if count:
+                    done.append(f"{table.name} {day}")
+                    before, after = before + count[0], after + count[1]
         deleted += _vacuum(table, retention)
         leftovers += _clear_staging(table, now, retention)
         table.refresh()
@@ -126,10 +120,10 @@ def _commit(table: Table, day: str, old: list[File], new: list[NewFile], rows: i
 def _ordered_rows(table: Table, day: str, files: list[File]) -> Iterator[pa.RecordBatch]:
     if table.span == "timestamp":
         start = datetime.combine(date.fromisoformat(day), time(), UTC)
-        snapshot = Snapshot(table.version, tuple(sorted(files, key=lambda f: (f.low or 0, f.path))), {}, table.storage)
+        snapshot = Snapshot(table.version, by_time(files), {}, table.storage)
         yield from snapshot.read(start, start + timedelta(days=1))
         return
-    for file in sorted(files, key=lambda f: (f.low or 0, f.path)):
+    for file in by_time(files):
         with file_errors(file), pq.ParquetFile(table.storage.open(file.path)) as source:
             for batch in source.iter_batches(batch_size=16_384):
                 yield conformed(batch, table.schema)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeUnavailable
+from fraiseql_pipeline.event import PARTITION
 from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage, storage_errors
 from fraiseql_pipeline.window import from_micros, to_micros
 
@@ -68,7 +69,7 @@ class NewFile:
         """The ``add`` action (Delta protocol, "Add File")."""
         return {
             "path": self.path,
-            "partitionValues": {"event_date": self.date},
+            "partitionValues": {PARTITION: self.date},
             "size": self.size,
             "modificationTime": self.written_ms,
             "dataChange": data_change,
@@ -81,7 +82,7 @@ class FileWriter:
 
     def __init__(self, storage: LocalStorage | ObjectStorage, schema: pa.Schema, date: str, prefix: str, *, ordered: bool) -> None:
         self._storage = storage
-        self._schema = pa.schema([f.remove_metadata() for f in schema if f.name != "event_date"])
+        self._schema = pa.schema([f.remove_metadata() for f in schema if f.name != PARTITION])
         self._date = date
         self._prefix = prefix
         self._ordered = ordered
@@ -151,7 +152,7 @@ class FileWriter:
                 self._end_file()
 
     def _begin_file(self, rows: int) -> None:
-        self._path = f"event_date={self._date}/{self._prefix}.{len(self.files):05d}.{uuid.uuid4().hex}.parquet"
+        self._path = f"{PARTITION}={self._date}/{self._prefix}.{len(self.files):05d}.{uuid.uuid4().hex}.parquet"
         self._staged, self._sink = self._storage.stage(self._path)
         self._footers = []
         self._writer = _writer(self._sink, self._schema, rows, ordered=self._ordered, footers=self._footers)
@@ -205,7 +206,7 @@ def write_file(path: str, rows: pa.Table) -> None:
 
     ``rows``: ``LAKE_SCHEMA``, one date, at least one row, in (timestamp, pk) order.
     """
-    kept = rows.drop_columns(["event_date"]).replace_schema_metadata()
+    kept = rows.drop_columns([PARTITION]).replace_schema_metadata()
     with _writer(path, kept.schema, kept.num_rows, ordered=True) as writer:
         writer.write_table(kept, row_group_size=kept.num_rows)
 

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from importlib import metadata
 
 import xxhash
 
@@ -37,6 +36,7 @@ from fraiseql_pipeline.lake.parquet import NewFile
 from fraiseql_pipeline.lake.rewrite import Rewriter
 from fraiseql_pipeline.lake.staging import Staged
 from fraiseql_pipeline.lake.table import Table
+from fraiseql_pipeline.version import package_version
 from fraiseql_pipeline.window import Window, WindowSize
 
 #: 4 processes that replaced one window 25 times each as fast as they could lost 113 races for 100 commits.
@@ -282,11 +282,3 @@ def _chained(before: str, added: str) -> str:
 def schema_hash() -> str:
     """Changes when a column, a type or the order of columns changes."""
     return xxhash.xxh3_64_hexdigest(f"{LAKE_SCHEMA}{QUARANTINE_SCHEMA}".encode())
-
-
-@cache
-def package_version() -> str:
-    try:
-        return metadata.version("fraiseql-pipeline")
-    except metadata.PackageNotFoundError:  # a checkout that was not installed
-        return "0"

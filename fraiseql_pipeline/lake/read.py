@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
-from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, QUARANTINE_SCHEMA
-from fraiseql_pipeline.lake.entry import PARTITION, File
+from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, PARTITION, QUARANTINE_SCHEMA, in_order
+from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import ROW_GROUP_ROWS
 from fraiseql_pipeline.window import FOREVER, Window, as_utc, to_micros
@@ -267,8 +267,7 @@ def _ordered(rows: pa.Table) -> pa.Table:
     at = rows["timestamp"].cast(pa.int64()).combine_chunks()
     pk = rows["pk"].combine_chunks()
     at, pk = (c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in (at, pk))
-    a, b, pk_a, pk_b = at[:-1], at[1:], pk[:-1], pk[1:]
-    if pc.all(pc.or_(pc.less(a, b), pc.and_(pc.equal(a, b), pc.less_equal(pk_a, pk_b)))).as_py():
+    if in_order(at, pk, strictly=False):
         return rows
     return rows.take(pc.sort_indices(rows, sort_keys=[(name, "ascending") for name in ORDER]))
 

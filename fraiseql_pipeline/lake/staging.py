@@ -10,7 +10,6 @@ Invariants
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeError
-from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA
+from fraiseql_pipeline.event import LAKE_SCHEMA, QUARANTINE_SCHEMA, in_order
 from fraiseql_pipeline.lake.content import ContentHash
 from fraiseql_pipeline.lake.parquet import FileWriter, NewFile
 from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage
@@ -30,7 +29,7 @@ from fraiseql_pipeline.window import Window
 class Staged:
     """What will be one window: write accepted and quarantined batches, then hand it to ``Lake.commit``.
 
-    ``write`` and ``quarantine`` encode in the caller's thread and may be called from two threads, one each.
+    ``write`` and ``quarantine`` encode in the caller's thread; they are not for several at once.
     """
 
     def __init__(self, window: Window, events: LocalStorage | ObjectStorage, quarantine: LocalStorage | ObjectStorage) -> None:
@@ -47,7 +46,6 @@ class Staged:
         self._accepted_hash = ContentHash(LAKE_SCHEMA)
         self._rejected_hash = ContentHash(QUARANTINE_SCHEMA)
         self._last: tuple[int, int] | None = None
-        self._lock = threading.Lock()
         self._renamed: set[int] = set()
 
     @property
@@ -94,11 +92,7 @@ class Staged:
     def _check_order(self, batch: pa.RecordBatch) -> None:
         at, pk = batch["timestamp"].view(pa.int64()), batch["pk"]
         first, last = (at[0].as_py(), pk[0].as_py()), (at[-1].as_py(), pk[-1].as_py())
-        ordered = self._last is None or self._last < first
-        if ordered and len(at) > 1:
-            a, b, pk_a, pk_b = at[:-1], at[1:], pk[:-1], pk[1:]
-            ordered = pc.all(pc.or_(pc.less(a, b), pc.and_(pc.equal(a, b), pc.less(pk_a, pk_b)))).as_py()
-        if not ordered:
+        if (self._last is not None and self._last >= first) or not in_order(at, pk):
             raise LakeError(f"The events of {self.window} did not arrive in (timestamp, pk) order; this is a defect of the reader.")
         if first[0] < self._start or last[0] >= self._end:
             raise LakeError(f"An accepted event lies outside {self.window}; this is a defect of the reader.")
@@ -106,9 +100,8 @@ class Staged:
 
     def _note_pk(self, batch: pa.RecordBatch) -> None:
         lowest = pc.min(batch["pk"]).as_py()
-        with self._lock:
-            if lowest is not None and (self.lowest_pk is None or lowest < self.lowest_pk):
-                self.lowest_pk = lowest
+        if lowest is not None and (self.lowest_pk is None or lowest < self.lowest_pk):
+            self.lowest_pk = lowest
 
     def finish(self) -> None:
         """Close the files; durable on local disks when this returns."""

@@ -30,7 +30,8 @@ from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from fraiseql_pipeline.errors import LakeDamaged, LakeError, LakeUnavailable
-from fraiseql_pipeline.lake.entry import PARTITION, Entry, File, actions_of
+from fraiseql_pipeline.event import PARTITION
+from fraiseql_pipeline.lake.entry import Entry, File, actions_of
 from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import LOGGED, NewFile, parse_log_time
 from fraiseql_pipeline.lake.published import Published
@@ -208,7 +209,7 @@ class Table:
         else:
             low, high = ([_key_start(k) for k in end] for end in (low, high))
         rows = zip(
-            column("path"), column("partition.event_date"), column("size_bytes"), column("num_records"), low, high, strict=True
+            column("path"), column(f"partition.{PARTITION}"), column("size_bytes"), column("num_records"), low, high, strict=True
         )
         for path, date, size, records, first, last in rows:
             yield File(path, str(date), size, records, first, last)

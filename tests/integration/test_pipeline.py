@@ -288,6 +288,18 @@ def test_a_read_that_breaks_off_publishes_nothing_and_the_next_run_is_right(shop
     assert shop.materialize()[0].commit.accepted_rows == 500
 
 
+def test_windows_of_another_size_or_before_the_start_need_a_word(shop: Shop) -> None:
+    shop.materialize()
+    day = Window.holding(shop.window.start - timedelta(days=1), WindowSize.DAY)
+    with pytest.raises(WindowError, match=rf"windows of one hour, such as {shop.window.key}, and {day.key} is one day"):
+        shop.materialize(day)
+    shop.materialize(day, other_size=True)
+    shop.settings = shop.settings.model_copy(update={"start": day.end})
+    with pytest.raises(WindowError, match=rf"before FRAISEQL_START .* got {day.key}"):
+        shop.materialize(day, other_size=True)
+    assert list(shop.lake.published()) == [day, shop.window]
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_windows_that_are_refused_keep_no_other_waiting_and_are_all_named(shop: Shop, jobs: int) -> None:
     windows = [Window(shop.window.start - n * HOUR, WindowSize.HOUR) for n in range(6, -1, -1)]

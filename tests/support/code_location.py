@@ -41,9 +41,10 @@ class Location:
         asked: tuple[dg.AssetKey, ...] = (EVENTS, QUARANTINE),
         flight: Flight | None = None,
     ) -> dg.ExecuteInProcessResult:
-        """One run, given one window, or the range from the first to the last as a backfill gives it."""
-        ends = {"dagster/asset_partition_range_start": windows[0].key, "dagster/asset_partition_range_end": windows[-1].key}
+        """One run, given one window, the range from the first to the last as a backfill gives it, or none."""
         single = len(windows) == 1
+        bounds = (windows[0].key, windows[-1].key) if windows else ()
+        ends = dict(zip(("dagster/asset_partition_range_start", "dagster/asset_partition_range_end"), bounds, strict=False))
         return dg.materialize(
             [build_events(self.settings, AT_ONCE)],
             partition_key=windows[0].key if single else None,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -52,6 +53,14 @@ def view(windows: dict[Window, Commit]) -> View:
 
 def planned(windows: dict[Window, Commit], start: datetime, end: datetime, **options: object) -> Plan:
     return plan(Ticket(start=start, end=end, **options), Snapshot(10**6, (), windows, None), first=START, size=WindowSize.HOUR)
+
+
+def test_a_range_is_settled_as_far_as_the_window_that_is_settled_least() -> None:
+    windows = {
+        window: replace(each, settled_pk=pk) for (window, each), pk in zip(published(0, 1, 2).items(), (7, 3, 5), strict=True)
+    }
+    assert planned(windows, START, hour(2).end).settled_pk == 3
+    assert planned(windows, hour(2).start, hour(2).end).settled_pk == 5
 
 
 @given(hours=st.sets(st.integers(0, 40), min_size=1), start=st.integers(0, 44 * 4), length=st.integers(1, 44 * 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,12 @@ def test_a_temporary_directory_that_cannot_be_written_is_one_sentence(monkeypatc
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
     with pytest.raises(PipelineError, match=r"^The ids of a window could not be kept .* set TMPDIR"):
         Validator(WINDOW).check(batch_events(WINDOW, 40_000))
+
+
+@pytest.mark.parametrize("spilled", [10, 1_000_000], ids=["on disk from the start", "on disk later"])
+def test_a_temporary_directory_that_fills_up_is_one_sentence(monkeypatch: pytest.MonkeyPatch, spilled: int) -> None:
+    monkeypatch.setattr(event_ids.EventIds, "_SPILL_BYTES", spilled)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda *_, **__: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    with pytest.raises(PipelineError, match=r"^The ids of a window could not be kept .*No space left.* set TMPDIR"):
+        Validator(WINDOW).check(batch_events(WINDOW, 40_000))
+    gc.collect()  # nothing is said again when it is closed

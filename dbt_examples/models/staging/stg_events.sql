@@ -1,5 +1,6 @@
--- Events as the models want them: times named for what they are, and the payload's common fields typed. One row per event; the lake holds
--- each exactly once (the source's tests say so), so nothing is deduplicated here.
+-- Events as the models want them: times named for what they are, and the payload's common fields typed. One row per event: the lake holds
+-- each exactly once, so nothing is deduplicated here. Within a window no id stands twice; an id that was used again in another window is an
+-- event of its own, and the source's tests warn of it.
 select
     event_id,
     event_type,

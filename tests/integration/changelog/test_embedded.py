@@ -101,7 +101,7 @@ def test_without_a_url_events_are_made_up_only_where_nobody_can_take_them_for_ot
 ) -> None:
     monkeypatch.chdir(short_directory)
     monkeypatch.delenv("FRAISEQL_DATABASE_URL", raising=False)
-    monkeypatch.setattr("fraiseql_pipeline.changelog.fill.EMBEDDED_EVENTS", 3000)
+    monkeypatch.setattr("fraiseql_pipeline.changelog.samples.fill.EMBEDDED_EVENTS", 3000)
     settings = Settings()
     for refused, samples in ((Settings(lake_uri="s3://bucket/lake"), True), (settings, False)):
         with pytest.raises(SettingsError, match="FRAISEQL_DATABASE_URL is not set"), open_changelog(refused, samples=samples):
@@ -113,12 +113,12 @@ def test_without_a_url_events_are_made_up_only_where_nobody_can_take_them_for_ot
     assert not list(short_directory.iterdir()), "asking leaves nothing behind"
     with open_changelog(settings, create=True) as changelog:
         assert changelog.count() == 0
-    with pytest.raises(SettingsError, match="`fraiseql-pipeline sample`"), open_changelog(settings, samples=False):
+    with pytest.raises(SettingsError, match="`fraiseql-pipeline sample`"), open_changelog(settings):
         pass
-    with open_changelog(settings) as changelog:
+    with open_changelog(settings, samples=True) as changelog:
         assert changelog.preflight().warnings == ()
         assert changelog.count() == 3000
-    with open_changelog(settings, samples=False) as changelog:
+    with open_changelog(settings) as changelog:
         assert changelog.count() == 3000
 
 

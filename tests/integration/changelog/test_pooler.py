@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
@@ -15,13 +16,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import open_changelog
+from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
-from tests.support.reading import WINDOW, fill
+from tests.support.events import batch_events
+from tests.support.reading import WINDOW, execute, fill
 
 PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 PORT = 6432
+POOL_SIZE = 4
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +50,7 @@ unix_socket_dir = {short_directory}
 auth_type = trust
 auth_file = {short_directory / "users"}
 pool_mode = transaction
-default_pool_size = 4
+default_pool_size = {POOL_SIZE}
 server_round_robin = 1
 """
     )
@@ -84,6 +88,36 @@ def test_windows_through_a_pooler_are_those_read_directly(changelog_url: str, po
         assert done[0].commit.accepted_rows == 3_000
         hashes.append(done[0].commit.content_hash)
     assert hashes[0] == hashes[1]
+
+
+def test_a_pooled_connection_of_somebody_else_has_its_own_settings_after_our_work(
+    changelog_url: str, pooled_url: str, tmp_path: Path
+) -> None:
+    fill(changelog_url, 3_000, f"'{WINDOW.start.isoformat()}'::timestamptz + n * interval '1 second'")
+    settings = Settings(database_url=pooled_url, lake_uri=str(tmp_path / "lake"), start=WINDOW.start)
+    events = batch_events(WINDOW, 10).select(EVENT_SCHEMA.names)
+    with open_changelog(settings) as changelog:
+        pipeline.materialize([WINDOW], settings=settings, changelog=changelog, lake=Lake.of(settings))
+        assert changelog.append(events, "test").inserted_rows == 10
+        pipeline.merge_late(settings=settings, changelog=changelog, lake=Lake.of(settings))
+        with changelog.tail() as tail:
+            tail.settle()
+        assert [changelog.append(events, "test").known_rows for _ in range(8)] == [10] * 8
+    # The pooler itself sets these, for each client its own.
+    of_pooler = ["application_name", "client_encoding", "DateStyle", "TimeZone"]
+    ask = "SELECT name, setting FROM pg_settings WHERE name <> ALL(%s) ORDER BY name"
+    usual = execute(changelog_url, ask, of_pooler)
+    with ExitStack() as stack:
+        seen = set()
+        for _ in range(POOL_SIZE):  # open together, so that each has a server connection of its own
+            somebody = stack.enter_context(psycopg.connect(pooled_url, prepare_threshold=None))
+            assert somebody.execute(ask, [of_pooler]).fetchall() == usual
+            assert somebody.execute("SELECT pg_listening_channels()").fetchall() == []
+            somebody.execute(
+                "INSERT INTO core.tb_entity_change_log (object_type, modification_type, object_id) VALUES ('A', 'INSERT', gen_random_uuid())"
+            )
+            seen.add(somebody.execute("SELECT pg_backend_pid()").fetchone())
+        assert len(seen) == POOL_SIZE
 
 
 def test_the_log_is_followed_through_a_pooler(changelog_url: str, pooled_url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import psycopg
 import pytest
 
 from fraiseql_pipeline.changelog import ChangeLog, Contract, embedded
+from fraiseql_pipeline.changelog.append import Appender
 from fraiseql_pipeline.changelog.connection import explain_text
 from fraiseql_pipeline.changelog.contract import OPTIONAL, REQUIRED
 from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
+from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.settings import Settings
+from tests.support.events import batch_events
+from tests.support.reading import WINDOW
 
 _TABLE = "core.tb_entity_change_log"
 _OLD_CONTRACT = f"""
@@ -149,6 +154,10 @@ def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str
 
 def test_a_domain_counts_as_the_type_beneath_it(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
     owner.execute(f"CREATE DOMAIN core.label AS text; ALTER TABLE {_TABLE} ALTER COLUMN object_type TYPE core.label")
+    assert _preflight(changelog_url).columns["object_type"] == "text"
+    owner.execute(
+        f"CREATE DOMAIN core.short_label AS core.label; ALTER TABLE {_TABLE} ALTER COLUMN object_type TYPE core.short_label"
+    )
     assert _preflight(changelog_url).columns["object_type"] == "text"
 
 
@@ -289,6 +298,51 @@ def test_a_partitioned_log_passes(database: str) -> None:
     assert _preflight(database).columns["id"] == "uuid"
 
 
+_LOG = f"""CREATE SCHEMA core; CREATE SEQUENCE core.keys;
+    CREATE TABLE {_TABLE} (
+        pk_entity_change_log bigint NOT NULL DEFAULT nextval('core.keys'), object_type text, modification_type text, id uuid, object_id uuid,
+        object_data jsonb, tenant_id uuid, created_at timestamptz NOT NULL DEFAULT now())"""
+
+
+@pytest.mark.parametrize("kind", ["part", "child", "grandchild"])
+@pytest.mark.parametrize("own", ["IDENTITY", "DEFAULT", "constant"])
+def test_a_part_with_keys_of_its_own_is_refused_until_the_remedy(database: str, kind: str, own: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(_LOG + (" PARTITION BY RANGE (created_at)" if kind == "part" else ""))
+        if kind == "grandchild":
+            connection.execute(f"CREATE TABLE core.child () INHERITS ({_TABLE})")
+        connection.execute(f"CREATE TABLE core.own (LIKE {_TABLE} INCLUDING ALL); CREATE SEQUENCE core.others")
+        change = "ALTER TABLE core.own ALTER COLUMN pk_entity_change_log"
+        if own == "IDENTITY":
+            connection.execute(f"{change} DROP DEFAULT; {change} ADD GENERATED ALWAYS AS IDENTITY")
+        else:
+            connection.execute(f"{change} SET DEFAULT " + ("nextval('core.others')" if own == "DEFAULT" else "5"))
+        if kind == "part":
+            if own == "IDENTITY" and connection.info.server_version >= 170000:
+                return  # Postgres itself refuses such a part
+            connection.execute(f"ALTER TABLE {_TABLE} ATTACH PARTITION core.own DEFAULT")
+        else:
+            connection.execute(f"ALTER TABLE core.own INHERIT {_TABLE if kind == 'child' else 'core.child'}")
+        with pytest.raises(
+            SourceRefused, match=r"core\.own, a part of .* has keys from elsewhere than the sequence core\.keys"
+        ) as refused:
+            _preflight(database)
+        remedy = "DROP IDENTITY" if own == "IDENTITY" else "DROP DEFAULT"
+        assert f"{change} {remedy}" in str(refused.value)
+        connection.execute(f"{change} {remedy}")
+        _preflight(database)
+        connection.execute(f"{change} SET DEFAULT nextval('core.keys')")
+        _preflight(database)
+
+
+def test_parts_of_a_log_whose_key_is_an_identity_pass(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        identity = "GENERATED ALWAYS AS IDENTITY"
+        connection.execute(_LOG.replace("DEFAULT nextval('core.keys')", identity) + " PARTITION BY RANGE (created_at)")
+        connection.execute(f"CREATE TABLE core.own PARTITION OF {_TABLE} DEFAULT")
+    _preflight(database)
+
+
 def test_settings_of_the_role_and_the_database_do_not_reach_our_sessions(
     changelog_url: str, owner: psycopg.Connection[Any]
 ) -> None:
@@ -318,9 +372,12 @@ def test_a_standby_is_refused(short_directory: Path) -> None:
     (short_directory / "standby" / "standby.signal").touch()
     with (
         embedded.start(short_directory / "standby", {"wal_level": "replica"}) as url,
-        pytest.raises(SourceRefused, match="is a standby"),
+        closing(Appender(url)) as appender,
     ):
-        _preflight(url)
+        with pytest.raises(SourceRefused, match="is a standby"):
+            _preflight(url)
+        with pytest.raises(SourceRefused, match="is a standby"):
+            appender.append(batch_events(WINDOW, 1).select(EVENT_SCHEMA.names), "test")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from fraiseql_pipeline.changelog import embedded, projection
 from fraiseql_pipeline.changelog import read as read_module
 from fraiseql_pipeline.changelog import split as split_module
 from fraiseql_pipeline.changelog.connection import sql
-from fraiseql_pipeline.errors import SourceUnavailable
+from fraiseql_pipeline.errors import SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import EXTRACTED
 from tests.support.proxy import proxied
 from tests.support.reading import WINDOW, execute, expected_keys, fill, insert, keys, pool, read, reading
@@ -175,6 +175,26 @@ def test_one_window_is_one_snapshot_for_all_connections(
     monkeypatch.setattr(read_module.Readers, "open", retention_runs_first)
     assert keys(read(changelog_url, read_connections=2)) == before
     assert len(expected_keys(changelog_url)) < 200
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within a batch", "from batch to batch"])
+def test_events_that_come_out_of_order_are_refused(
+    changelog_url: str, tiny_parts: None, monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    fill(changelog_url, 600, SHAPES["even"], payload=WIDE)
+    put, seen = read_module.Reading.put, list[pa.RecordBatch]()
+
+    def damaged(self: read_module.Reading, slot: read_module.Slot, batch: pa.RecordBatch | None) -> None:
+        if batch is not None and within:
+            batch = batch.take(pa.array(range(batch.num_rows - 1, -1, -1)))
+        elif batch is not None:
+            seen.append(batch)
+            batch = seen[0]  # again and again
+        put(self, slot, batch)
+
+    monkeypatch.setattr(read_module.Reading, "put", damaged)
+    with pytest.raises(SourceRefused, match="amcheck"):
+        read(changelog_url)
 
 
 def test_memory_in_flight_stays_below_the_buffer(changelog_url: str, tiny_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import psycopg
 import pyarrow as pa
 import pytest
 
-from fraiseql_pipeline.changelog import SHAPES, ChangeLog, SampleSummary, ShapeName, fill, sample, write_sample
-from fraiseql_pipeline.changelog.fill import _numbered
+from fraiseql_pipeline.changelog import SHAPES, ChangeLog, SampleSummary, ShapeName, write_sample
+from fraiseql_pipeline.changelog.samples import fill, sample
+from fraiseql_pipeline.changelog.samples.fill import _numbered
 from fraiseql_pipeline.encoding import frames, to_wire, wire_schema
 from fraiseql_pipeline.errors import InputError, SettleTimeout, SourceRefused
 from fraiseql_pipeline.event_json import events_to_json

@@ -82,6 +82,24 @@ def test_settling_waits_for_a_writer_that_drew_a_key(changelog_url: str, session
         assert other.execute("SELECT count(*) FROM core.tb_entity_change_log").fetchone() == (2,)
 
 
+@pytest.mark.parametrize("part", ["core.child", "core.grandchild"])
+def test_a_writer_that_brings_a_key_of_its_own_into_a_part_is_waited_for(
+    changelog_url: str, session: Callable[..., _Session], part: str
+) -> None:
+    writer = session()
+    writer.execute("CREATE TABLE core.child () INHERITS (core.tb_entity_change_log)")
+    writer.execute("CREATE TABLE core.grandchild () INHERITS (core.child)")
+    writer.execute(f"{_INSERT}; {_INSERT}")
+    writer.execute(
+        f"BEGIN; INSERT INTO {part} (pk_entity_change_log, object_type, modification_type) VALUES (1, 'Order', 'INSERT')"
+    )
+    with _open(changelog_url, settle_timeout_seconds=0) as changelog:
+        with pytest.raises(SettleTimeout):
+            changelog.settle()
+        writer.execute("COMMIT")
+        assert changelog.settle().settled_pk == 2
+
+
 def test_an_aborted_key_does_not_hold_the_log_up(changelog_url: str, session: Callable[..., _Session]) -> None:
     writer = session()
     writer.execute(f"BEGIN; {_INSERT}; ROLLBACK; {_INSERT}")

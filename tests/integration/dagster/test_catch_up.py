@@ -88,7 +88,7 @@ def test_a_published_window_is_left_alone_until_an_event_comes_late(ticker: Tick
         write(changelog_url, window, 2)
     assert ticker.location.run(*DAY).success
     assert ticker.tick() == []
-    assert ticker.said == "Nothing is missing and nothing came late."
+    assert ticker.said == "Nothing of the last two days is missing, and nothing came late."
     write(changelog_url, DAY[3], 1)
     assert ticker.tick() == [("05:00", "05:00")]
     assert ticker.tick(0) == []
@@ -164,9 +164,10 @@ def test_a_window_that_cannot_be_published_does_not_hold_its_neighbours_back(
 
 
 def _publish(location: Location, *windows: Window) -> None:
-    """Publish windows as the command line does, whatever partitions there are."""
-    with open_changelog(location.settings) as changelog:
-        pipeline.materialize(windows, settings=location.settings, changelog=changelog, lake=location.lake)
+    """Publish windows as another code location did, with an earlier FRAISEQL_START."""
+    settings = location.settings.model_copy(update={"start": datetime(2026, 11, 1, tzinfo=UTC)})
+    with open_changelog(settings) as changelog:
+        pipeline.materialize(windows, settings=settings, changelog=changelog, lake=location.lake, other_size=True)
 
 
 def test_late_events_of_windows_that_are_no_partitions_are_a_warning_and_stop_nothing(
@@ -222,6 +223,22 @@ def test_the_cursor_survives_its_text() -> None:
     memory = needs.Memory(needs.Looked(17, 4, "log"), {DAY[0]: needs.Asked("missing", 3, NOON)})
     assert needs.Memory.parse(memory.dump()) == memory
     assert needs.Memory.parse(None) == needs.Memory()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no JSON",
+        "[]",
+        "7",
+        '{"asked": 3}',
+        '{"asked": {"noon": ["missing", 1, "2026"]}}',
+        '{"looked": [1]}',
+        '{"looked": ["a", 1, ""]}',
+    ],
+)
+def test_a_cursor_that_somebody_set_by_hand_is_none(text: str) -> None:
+    assert needs.Memory.parse(text) == needs.Memory()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from assets.definitions import definitions
 from assets.report import EVENTS, QUARANTINE
+from assets.resources import Flight, FraiseQL
 from fraiseql_pipeline.settings import Settings
 
 _ROOT = Path(__file__).parents[3]
@@ -58,6 +59,15 @@ def test_the_workspace_loads_from_any_working_directory(directory: str, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "Validation successful" in done.stderr + done.stdout
+
+
+def test_they_merge_into_definitions_that_have_an_executor_and_resources_of_their_own() -> None:
+    flight = Flight(url="grpc://events:50051", profile="compact")
+    mine = dg.Definitions(executor=dg.multiprocess_executor, resources={"warehouse": "theirs"})
+    merged = dg.Definitions.merge(mine, definitions(Settings(), resources={"flight": flight}, executor=None))
+    dg.Definitions.validate_loadable(merged)
+    assert merged.executor is dg.multiprocess_executor
+    assert merged.resources == {"warehouse": "theirs", "flight": flight, "fraiseql": FraiseQL()}
 
 
 @pytest.mark.parametrize(("size", "key"), [("hour", "2026-03-01-13:00"), ("day", "2026-03-01")])

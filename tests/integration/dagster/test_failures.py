@@ -67,6 +67,15 @@ def test_a_run_that_is_stopped_is_not_tried_again_and_tells_what_it_has_publishe
     assert location.metadata()[MORNING[0].key]["dagster/partition_row_count"] == 10
 
 
+@pytest.mark.parametrize("asked", [(MORNING[1], MORNING[0]), ()], ids=["a range that ends before it begins", "no partition"])
+def test_a_run_without_a_window_fails_with_a_sentence(location: Location, asked: tuple[Window, ...]) -> None:
+    run = location.run(*asked)
+    assert not run.success
+    assert _attempts(run) == 1
+    assert "This run was given no window: choose a partition, or a range that begins before it ends." in _message(run)
+    assert location.metadata() == {}
+
+
 @pytest.mark.parametrize("other", [{"FRAISEQL_WINDOW": "day"}, {"FRAISEQL_START": "2026-11-20T07:00:00"}])
 def test_a_run_that_is_configured_for_other_windows_than_its_partitions_publishes_nothing(
     location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]

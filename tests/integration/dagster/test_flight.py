@@ -20,6 +20,7 @@ from assets.report import EVENTS
 from assets.resources import Flight
 from fraiseql_pipeline.errors import FlightUnavailable, SettingsError
 from fraiseql_pipeline.flight.auth import new_token
+from fraiseql_pipeline.flight.client import Client
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
@@ -191,6 +192,18 @@ def test_a_server_that_sends_other_events_fails_the_check_and_not_the_run(
     shown = _shown(result)
     assert shown["sent rows"] == shown["accepted rows"] == 30
     assert shown["sent checksum"] != shown["stored checksum"]
+
+
+def test_a_server_that_has_an_older_version_of_the_table_fails_the_check(
+    location: Location, changelog_url: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(changelog_url, MORNING[0], 30)
+    refresh = Client.refresh
+    monkeypatch.setattr(Client, "refresh", lambda self: (refresh(self) or 0) - 1)
+    assert location.run(MORNING[0], flight=Flight(url=serve())).success
+    assert location.checks(READBACK) == {MORNING[0].key: ("FAILED", True)}
+    shown = _shown(_results(location)[MORNING[0].key])
+    assert shown["served table version"] == shown["table version"] - 1
 
 
 def test_without_a_server_nothing_is_asked_and_the_check_says_so(

@@ -24,8 +24,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pyarrow import flight
 
 from fraiseql_pipeline.cli import main
-from fraiseql_pipeline.errors import NotAllowed, NotAuthenticated, SettingsError, TicketError
+from fraiseql_pipeline.errors import NotAllowed, NotAuthenticated, PipelineError, SettingsError, TicketError
 from fraiseql_pipeline.flight import protocol
+from fraiseql_pipeline.flight import server as server_module
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.edge import METHODS
@@ -507,6 +508,33 @@ def test_mutual_tls_asks_for_a_certificate_and_knows_its_holder(
         ) as client:
             with pytest.raises(flight.FlightUnavailableError):
                 list(client.list_flights())
+
+
+def test_who_was_let_in_by_a_certificate_is_looked_at_again(
+    lake_uri: str,
+    start_server: Callable[..., FlightServer],
+    authority: Authority,
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "_CERTIFIED_SECONDS", 1)
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(authority.ca.read_bytes())
+    server = start_server(Lake(lake_uri), **with_tls(pair), arrow_flight_tls_client_ca=str(trusted))
+    mine = authority.issue("warehouse.example")
+    with connect(server.url, tls_root_certs=authority.ca, cert_chain=mine.cert, private_key=mine.key) as client:
+        assert client.read(TICKET).num_rows == 400
+        trusted.write_bytes(Authority(tmp_path, "the next").ca.read_bytes())
+
+        def refused() -> bool:
+            try:
+                client.read(TICKET)
+            except PipelineError:
+                return True
+            return False
+
+        eventually(refused)
 
 
 def test_a_certificate_does_not_replace_a_token(

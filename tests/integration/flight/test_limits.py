@@ -103,7 +103,8 @@ def test_only_time_spent_waiting_for_the_reader_counts() -> None:
     assert running.verdict(909.0, 10, 100) is None
     assert running.verdict(911.0, 10, 100) is None, "5000 bytes in 11 s are enough"
     assert running.verdict(920.0, 10, 100) is None
-    assert running.verdict(922.0, 10, 100) == "stalled", "none in the 11 s since are not"
+    running.sent_bytes += 50
+    assert running.verdict(922.0, 10, 100) == "stalled", "50 in the 11 s since are not"
     assert running.verdict(1001.0, 10, 100) == "lifetime"
 
 

@@ -295,6 +295,10 @@ def test_a_tenants_endpoints_do_not_tell_of_others_late_events(
 
         for until in ((LAST + HOUR).isoformat(), "now"):
             before = told(until)
+            live.client.read(start=hours[0].isoformat(), end=until)
+            said = json.dumps({"type": "events", "entity_type": "*", "start": hours[0].isoformat(), "end": until}).encode()
+            info = live.client._flight.get_flight_info(flight.FlightDescriptor.for_command(said), options)
+            assert info.total_bytes == -1, "which frames are kept would tell of late events"
             late = live.write(hours[0], tenant_id=TENANTS[0])
             live.reaches(late[-1])
             assert told(until) == before

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,12 @@ def test_data_reaches_the_disk_before_its_entry_and_the_entry_before_its_number(
         *committed("events_quarantine"),
         *committed("events"),
     ]
+
+    steps.clear()
+    publish(lake, Window(HOUR.start + timedelta(days=1), HOUR.size), *BEFORE)
+    for table in ("events_quarantine", "events"):
+        link = steps.index(("link", f"/{table}/_delta_log/entry"))
+        assert ("fsync", f"/{table}") in steps[:link], "the first window of a day makes a directory"
 
 
 def test_a_new_lake_is_durable_with_every_directory_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,14 @@ def test_compaction_rewrites_closed_days_in_order_and_keeps_every_row(filled: La
     assert filled.maintain(NOW).compacted_days == ()
 
 
+def test_a_day_is_left_alone_until_it_has_been_over_for_two(lake: Lake) -> None:
+    for hour in HOURS[:2]:
+        publish(lake, hour, 10)
+    closed = YOUNG.start.replace(day=4, hour=0)
+    assert lake.maintain(closed - timedelta(microseconds=1)).compacted_days == ()
+    assert lake.maintain(closed).compacted_days == ("events 2026-11-01",)
+
+
 def test_a_compaction_says_that_it_changed_no_data(filled: Lake) -> None:
     filled.maintain(NOW)
     log = Path(filled.events_uri, "_delta_log")
@@ -110,7 +118,7 @@ def test_only_what_is_older_than_the_retention_is_deleted(filled: Lake) -> None:
     os.utime(staged, (1, 1))
     pinned = filled.snapshot()
 
-    done = filled.maintain(NOW, compact=False)
+    done = filled.maintain(HOURS[-1].end)
 
     assert (done.deleted_files, done.deleted_leftovers) == (1, 1)
     assert [o.exists() for o in orphans] == [False, True]

@@ -11,8 +11,8 @@ from typing import Any
 
 import polars as pl
 
-from fraiseql_pipeline.changelog.lives import BLOCK, Draws, Kind, customer, joined
-from fraiseql_pipeline.changelog.texts import CITIES, CURRENCIES, NAMES, NOTES, WORDS, json_series, money, one_of, status
+from fraiseql_pipeline.changelog.samples.lives import BLOCK, Draws, Kind, customer, joined
+from fraiseql_pipeline.changelog.samples.texts import CITIES, CURRENCIES, NAMES, NOTES, WORDS, json_series, money, one_of, status
 
 
 class Wide:

@@ -27,10 +27,11 @@ from typing import Any, Protocol
 import polars as pl
 import psycopg
 
-from fraiseql_pipeline.changelog import embedded, sample
-from fraiseql_pipeline.changelog.binary import copied
-from fraiseql_pipeline.changelog.connection import TABLE, connect, sql, translated
+from fraiseql_pipeline.changelog import embedded
+from fraiseql_pipeline.changelog.connection import SESSION, TABLE, connect, is_direct, opened, sql, translated
 from fraiseql_pipeline.changelog.contract import ACCEPTED_TYPES
+from fraiseql_pipeline.changelog.samples import sample
+from fraiseql_pipeline.changelog.samples.binary import copied
 from fraiseql_pipeline.errors import InputError, SourceRefused
 
 #: How many events the embedded log gets when nobody fills it on purpose.
@@ -41,6 +42,9 @@ Progress = Callable[[int], None]
 
 #: Below this the statements cost more than they save.
 _WORTH_INDEXING_LATER = 50_000
+
+#: What connections that write samples set beyond the others.
+_WRITING = {"default_transaction_read_only": "off", "synchronous_commit": "off", "idle_in_transaction_session_timeout": "0"}
 
 _DATABASE = "fraiseql"
 _CONNECTIONS = 2
@@ -129,12 +133,12 @@ def embedded_changelog(server_url: str, *, create: bool, events: int) -> str | N
     with connect(server_url) as connection:
         if not _has_database(connection):
             return None
-    with connect(url) as connection:
+    with _writing(url) as connection:
         if connection.execute(f"SELECT to_regclass('{TABLE}')").fetchone() == (None,):
             return None
         if events:
             # Held while filling, so that processes started together fill once: they wait as long as it takes.
-            connection.execute("SET lock_timeout = 0; SET statement_timeout = 0")
+            connection.execute("SET lock_timeout = 0")
             connection.execute("SELECT pg_advisory_lock(hashtext('fraiseql-pipeline sample'))")
         if connection.execute(f"SELECT 1 FROM {TABLE} LIMIT 1").fetchone():
             return url
@@ -170,10 +174,10 @@ class _Url:
 
 @contextmanager
 def _writing(url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-    with connect(url, statement_timeout_seconds=0) as connection, translated():
-        connection.execute(
-            "SET default_transaction_read_only = off; SET synchronous_commit = off; SET idle_in_transaction_session_timeout = 0"
-        )
+    with opened(url) as connection, translated():
+        if is_direct(connection):
+            settings = {**SESSION, **_WRITING}
+            connection.execute("; ".join(f"SET {name} = '{value}'" for name, value in settings.items()))
         yield connection
 
 

@@ -28,9 +28,9 @@ from typing import Literal, Protocol, get_args
 
 import polars as pl
 
-from fraiseql_pipeline.changelog.lives import BLOCK, KINDS, Draws, Kind, joined, skeleton
-from fraiseql_pipeline.changelog.typical import Typical
-from fraiseql_pipeline.changelog.wide import Wide
+from fraiseql_pipeline.changelog.samples.lives import BLOCK, KINDS, Draws, Kind, joined, skeleton
+from fraiseql_pipeline.changelog.samples.typical import Typical
+from fraiseql_pipeline.changelog.samples.wide import Wide
 from fraiseql_pipeline.window import from_micros
 
 #: Rows of one slice: 25 MB, or 41 of the wide shape. Smaller slices pay more for their expressions: 4.1 µs of CPU a row to make and encode at

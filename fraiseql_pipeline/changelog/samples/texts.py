@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from fraiseql_pipeline.changelog.lives import Draws, joined
+from fraiseql_pipeline.changelog.samples.lives import Draws, joined
 
 NAMES = (
     "Zoë Müller", "Łukasz Żak", "Ana García", "Søren Ørsted", "José Álvarez", "李小龍", "王芳", "山田 太郎", "さくら", "김민준", "Нина Ковалёва",
