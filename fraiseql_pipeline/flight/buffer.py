@@ -127,7 +127,7 @@ class Buffer:
                 hour = self._hours[number]  # another one, if it was given up meanwhile
                 head = [*hour.head, accepted]
                 # A batch of one event takes some kilobytes.
-                hour.became(head if len(head) < _HEAD_BATCHES else [_one(pa.Table.from_batches(head, LAKE_SCHEMA))])
+                hour.became(head if len(head) < _HEAD_BATCHES else _joined(pa.Table.from_batches(head, LAKE_SCHEMA)))
             self.settled_pk = batch.column("pk")[-1].as_py()
             full = self._full()
         for hour in full:
@@ -272,7 +272,7 @@ class Buffer:
         rest = rows.take(np.arange(edge, len(at)))
         with self._lock:
             hour.files += files
-            hour.became([_one(rest)] if rest.num_rows else [])
+            hour.became(_joined(rest))
             if edge > late:
                 hour.reach = int(at[edge - 1])
         self._merge(hour)
@@ -369,9 +369,9 @@ def _is_small(held: Held) -> bool:
     return (held.file.rows or 0) < FILE_ROWS // 2
 
 
-def _one(rows: pa.Table) -> pa.RecordBatch:
-    """At least one row, as one batch."""
-    return rows.combine_chunks().to_batches()[0]
+def _joined(rows: pa.Table) -> list[pa.RecordBatch]:
+    """As one batch if there are rows; as several where a column has more than the 2 GiB that one may have."""
+    return [batch for batch in rows.combine_chunks().to_batches() if batch.num_rows]
 
 
 def _sorted(rows: pa.Table) -> pa.Table:

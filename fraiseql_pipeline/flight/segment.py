@@ -268,7 +268,8 @@ def _read_alone(
         whole = whole.append_column(PARTITION, pa.repeat(_date(file), whole.num_rows))
         whole = whole if mask is None else whole.filter(mask)
         whole = whole.take(pc.sort_indices(whole, sort_keys=[(name, "ascending") for name in ORDER]))
-        yield from held(whole.combine_chunks().to_batches()[0], columns)
+        for batch in whole.combine_chunks().to_batches():
+            yield from held(batch, columns)
         return
     stretches = list(_stretches({name: heads[name] for name in few if name in columns}, mask, 0, len(at)))
     reads = _cut(_bulk(parquet, group.index, bulk, len(at)), [stretch.rows for stretch in stretches])
