@@ -137,8 +137,8 @@ def _unwritable(lake: Lake) -> Iterator[PipelineError]:
     storage = lake.events.storage
     if not isinstance(storage, LocalStorage):
         return
-    at = next((folder for folder in (storage.root, *storage.root.parents) if folder.exists()), storage.root)
     try:
+        at = next((folder for folder in (storage.root, *storage.root.parents) if folder.exists()), storage.root)
         with tempfile.TemporaryFile(dir=at):
             return
     except OSError as error:

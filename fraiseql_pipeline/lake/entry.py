@@ -122,6 +122,14 @@ class Entry:
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False),
         )
 
+    def is_in(self, actions: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether these are the actions of this entry and not of another writer's."""
+        found = list(actions)
+        stated = next((a["commitInfo"].get(KEY) for a in found if "commitInfo" in a), None)
+        adds, removes = ({a[kind]["path"] for a in found if kind in a} for kind in ("add", "remove"))
+        mine = json.loads(json.dumps(self.stated))
+        return (stated, adds, removes) == (mine, {f.path for f in self.adds}, {f.path for f in self.removes})
+
 
 def actions_of(table: str, version: int, text: bytes) -> list[dict[str, Any]]:
     """The actions of one entry; an empty or half-written one is damage."""

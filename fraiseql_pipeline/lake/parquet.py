@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,8 +50,10 @@ BLOOM = ("event_id", "entity_id")
 BLOOM_FALSE_POSITIVES = 0.01
 #: Columns whose extremes also go to the Delta log, where every reader skips whole files with them.
 LOGGED = ("event_type", "entity_type", "timestamp", "org_id", "pk", "window_key")
-#: A longer string is left out of the log: a truncated maximum is not one.
+#: A longer string is bounded in the log by its beginning. It cannot be left out: of a column without extremes delta-rs 1.6.6 tells pyarrow that no
+#: row of the file is like anything, and the file is passed over. Accepted names have at most 255 characters, rejected ones any number.
 LOGGED_CHARACTERS = 64
+_LAST_CHARACTER = "\U0010ffff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +215,9 @@ def write_file(path: str, rows: pa.Table) -> None:
 
 
 def _logged_statistics(footer: pq.FileMetaData) -> dict[str, Any]:
-    """Delta's per-file statistics, exact: a column whose extremes are not known exactly has only its null count."""
+    """Delta's per-file statistics. Extremes are exact but for long strings, which get bounds, as the protocol allows; a column without a value
+    has only its null count.
+    """
     low: dict[str, Any] = {}
     high: dict[str, Any] = {}
     nulls: dict[str, int] = {}
@@ -224,19 +229,33 @@ def _logged_statistics(footer: pq.FileMetaData) -> dict[str, Any]:
         if any(s is None or not s.has_null_count for s in found):
             continue
         nulls[name] = sum(s.null_count for s in found)
-        extremes = [s for s in found if s.has_min_max]
-        if any(s.num_values and not s.has_min_max for s in found) or not extremes:
+        valued = [s for s in found if s.num_values]
+        if not valued:
             continue
-        smallest, largest = min(s.min_raw for s in extremes), max(s.max_raw for s in extremes)
-        if name == "timestamp":
-            low[name], high[name] = log_time(smallest), log_time(largest)
-        elif isinstance(smallest, int):
-            low[name], high[name] = smallest, largest
-        else:
-            texts = [v.decode() if isinstance(v, bytes) else v for v in (smallest, largest)]
-            if max(map(len, texts)) <= LOGGED_CHARACTERS:
-                low[name], high[name] = texts
+        if footer.schema.column(columns[name]).physical_type == "BYTE_ARRAY":
+            low[name], high[name] = _text_bounds([(s.min_raw, s.max_raw) if s.has_min_max else None for s in valued])
+        elif all(s.has_min_max for s in valued):
+            smallest, largest = min(s.min_raw for s in valued), max(s.max_raw for s in valued)
+            low[name], high[name] = (log_time(smallest), log_time(largest)) if name == "timestamp" else (smallest, largest)
     return {"numRecords": footer.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
+
+
+def _text_bounds(extremes: Sequence[tuple[bytes | str, bytes | str] | None]) -> tuple[str, str]:
+    """Bounds of strings that lie between these; ``None`` stands for strings so long (4 kB) that Parquet does not tell."""
+    if any(pair is None for pair in extremes):
+        return "", _LAST_CHARACTER * LOGGED_CHARACTERS
+    texts = [v.decode() if isinstance(v, bytes) else v for pair in extremes if pair is not None for v in pair]
+    low, high = min(texts), max(texts)
+    return low[:LOGGED_CHARACTERS], high if len(high) <= LOGGED_CHARACTERS else _above(high)
+
+
+def _above(text: str) -> str:
+    """A string of ``LOGGED_CHARACTERS`` at most that is greater than a longer one: its beginning, with the last character raised that can be."""
+    kept = text[:LOGGED_CHARACTERS].rstrip(_LAST_CHARACTER)
+    if not kept:
+        return text
+    raised = ord(kept[-1]) + 1
+    return kept[:-1] + chr(0xE000 if raised == 0xD800 else raised)  # between them lie the halves of pairs, which are no characters
 
 
 def log_time(micros: int) -> str:

@@ -42,6 +42,8 @@ from fraiseql_pipeline.window import Window, WindowSize
 #: 4 processes that replaced one window 25 times each as fast as they could lost 113 races for 100 commits.
 ATTEMPTS = 100
 _LONGEST_PAUSE_SECONDS = 0.5
+#: How long a run is taken to be between its two commits, which are milliseconds apart, or minutes where it rewrites a large day's files; then it died.
+_BETWEEN_COMMITS = timedelta(minutes=15)
 
 
 class Publisher:
@@ -86,10 +88,11 @@ class Publisher:
         if self._window != day:
             if self._events.window(day) is not None:
                 raise LakeError(f"{self._window} cannot be published: {day} is published as one window; materialize days here.")
-            if self._quarantine.window(day) is not None:
-                raise LakeError(
+            if (between := self._quarantine.window(day)) is not None:
+                raise _between(
+                    between,
                     f"{self._window} cannot be published: a run of {day} as one window is between its two commits, or died there;"
-                    f" materialize {day}."
+                    f" materialize {day}.",
                 )
         current = self._events.window(self._window)
         if current is not None and self._tried is not None and current.as_json() == self._tried.as_json():
@@ -175,6 +178,11 @@ class Publisher:
         # What has come since does not make up for what is gone.
         rows = self._staged.accepted_rows + self._staged.quarantined_rows if had_rows is None else had_rows
         if rows < before:
+            if had_rows is not None and any(c.settled_pk > self._facts.settled_pk for c in published):
+                raise LakeConflict(
+                    f"Another run published {self._window} up to a later event, with {before} rows of which this one has {rows}; materialize it"
+                    " again. If the source really went back, allow it (--allow-shrink)."
+                )
             raise WindowShrinks(
                 f"{self._window} was published with {before} rows, of which the source has {rows} left, and was left as it is;"
                 " if the source really dropped old events, allow it (--allow-shrink)."
@@ -260,9 +268,10 @@ class Publisher:
                 return True, held.table_version
         elif current is not None and held_hash != current.quarantine_hash:
             if held is not None and held.outcome != "merged":
-                raise LakeError(
-                    f"A run of {self._window} died between its two commits, so its quarantine is not that of its events;"
-                    " materialize the window before late events are merged."
+                raise _between(
+                    held,
+                    f"Late events cannot be merged into {self._window}: a run of it is between its two commits, or died there;"
+                    f" materialize {self._window}.",
                 )
             # A merge that died between its two commits left rows above the published pk: only those below stay.
             extra, removes = self._rewriter.plan(table, above_pk=current.settled_pk)
@@ -271,6 +280,11 @@ class Publisher:
         if version is not None:
             table.checkpoint_if_due()
         return version is not None, version
+
+
+def _between(held: Commit, said: str) -> LakeError:
+    """For who finds the first of a run's two commits without the second: to be tried again while that run may well go on."""
+    return (LakeConflict if datetime.now(UTC) - held.committed_at < _BETWEEN_COMMITS else LakeError)(said)
 
 
 def _chained(before: str, added: str) -> str:

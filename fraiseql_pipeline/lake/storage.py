@@ -256,6 +256,14 @@ class ObjectStorage:
         self._opened: pafs.PyFileSystem | None = None
 
     @property
+    def may_overwrite(self) -> bool:
+        """Whether a log entry might take the place of another one: many stores that speak S3 pass ``If-None-Match`` over. Amazon's own, Google's
+        and Azure's do not.
+        """
+        named = [*self.options, *(name for name in os.environ if name.upper().startswith("AWS_"))]
+        return urlsplit(self.uri).scheme in {"s3", "s3a"} and any("endpoint" in name.lower() for name in named)
+
+    @property
     def _files(self) -> pafs.PyFileSystem:
         if self._opened is None:
             try:

@@ -15,12 +15,14 @@ Invariants
  3. The protocol stays (1, 2) without features; a table that somebody upgraded is refused.
  4. A log that was removed, made anew or restored is loaded as a stranger would: ``generation`` counts the loads, and a version means
     something within one of them only.
+ 5. Where a store may overwrite what it is told to create (``may_overwrite``), an entry is read back before anybody is told of it.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +47,10 @@ CONFIGURATION = {
     "delta.enableExpiredLogCleanup": "false",
     "delta.deletedFileRetentionDuration": "interval 7 days",
 }
+
+#: A writer that did not see an entry is through after as long as that entry took to be listed for and put, give or take: twice that.
+_LOOKS_AGAIN_AFTER = 2.0
+_LONGEST_LOOK_SECONDS = 5.0
 
 
 class Table:
@@ -123,6 +129,9 @@ class Table:
         try:
             return DeltaTable(self.storage.uri, version=version, storage_options=self.storage.options or None)
         except TableNotFoundError:
+            if self.storage.local:  # delta-rs says so too of a directory that it may not enter
+                with storage_errors(f"reading the log of {self.name}"):
+                    self.storage.names(LOG)
             return None
         except (DeltaError, OSError) as error:
             self._look_for_damage()
@@ -341,11 +350,12 @@ class Table:
                 with storage_errors(f"committing to {self.name}"):
                     done = self.storage.link_entry(version, entry.text(version))
             else:
-                done = self._put(entry, version)
+                done = self._put(self.storage, entry, version)
             self.refresh()
             return version if done else None
 
-    def _put(self, entry: Entry, version: int) -> bool:
+    def _put(self, storage: ObjectStorage, entry: Entry, version: int) -> bool:
+        began = time.monotonic()
         try:
             assert self._opened is not None
             self._load_files()  # they are those of the handle's version, and it moves on
@@ -353,13 +363,20 @@ class Table:
             if self._opened.version() != version - 1:
                 return False
             entry.write(self._opened, version)
+            if not storage.may_overwrite:
+                return True
+            time.sleep(min(_LOOKS_AGAIN_AFTER * (time.monotonic() - began), _LONGEST_LOOK_SECONDS))
+            text = storage.read(entry_name(version))
+            if text is not None and entry.is_in(actions_of(self.name, version, text)):
+                return True
+            self.version = -1  # another writer's is there now: look at the table as a stranger would
+            return False
         except CommitFailedError:
             return False
         except (DeltaError, OSError) as error:
             raise LakeUnavailable(
                 f"The lake's storage failed while committing to {self.name} ({type(error).__name__}); run it again."
             ) from None
-        return True
 
     # ------------------------------------------------------------------------------------------------------------ checkpoints
 

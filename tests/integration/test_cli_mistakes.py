@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from click.testing import CliRunner, Result
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import embedded, open_changelog
 from fraiseql_pipeline.cli import demo, flight, main
+from fraiseql_pipeline.cli.source import _unwritable
 from fraiseql_pipeline.flight.server import serve
 from fraiseql_pipeline.flight.workers import Started, log_to_stderr
 from fraiseql_pipeline.lake import Lake
@@ -166,6 +168,16 @@ def test_doctor_names_source_and_lake_and_what_materialize_would_refuse(
     other = run("doctor", "--json", FRAISEQL_DATABASE_URL=reader)
     assert other.exit_code == 3
     assert "was published from one" in json.loads(other.stdout)["problems"][0]
+
+
+def test_doctor_tells_of_a_lake_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as refused:
+        refused.setattr(Path, "exists", closed)
+        (problem,) = _unwritable(Lake("/somewhere/lake"))
+    assert str(problem) == "The lake cannot be written: Permission denied; check FRAISEQL_LAKE_URI and who may write there."
 
 
 def test_doctor_makes_every_check_whatever_the_others_find(run: Run, lake: Lake, changelog_url: str) -> None:

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 
@@ -161,11 +162,32 @@ def test_hours_wait_for_a_day_whose_run_died_between_its_commits(lake: Lake, mon
         patched.setattr(lake.events, "commit", dies)
         publish(lake, day, lake_events(HOUR, 10), quarantine_events(day, 2), allow_shrink=True)
     for again in (HOUR, NEXT):
-        with pytest.raises(LakeError, match=f"materialize {day}"):
+        with pytest.raises(LakeConflict, match=f"materialize {day}"):
             publish(Lake(lake.uri), again, 10, 2)
+    with monkeypatch.context() as later, pytest.raises(LakeError, match=f"materialize {day}") as raised:
+        later.setattr("fraiseql_pipeline.lake.publish._BETWEEN_COMMITS", timedelta(0))
+        publish(Lake(lake.uri), HOUR, 10, 2)
+    assert not raised.value.retryable
     done = publish(Lake(lake.uri), day, lake_events(HOUR, 10), quarantine_events(day, 2), allow_shrink=True)
     assert done.outcome == "published"
     assert lake.fsck() == []
+
+
+def test_a_forced_run_that_late_events_overtook_is_to_be_tried_again(lake: Lake) -> None:
+    """It read the source before they came: that it has fewer does not mean that any are gone."""
+    settled = lake_events(HOUR, 15)
+    newest = pc.max(settled["pk"]).as_py()
+    first, late = (
+        settled.filter(pc.is_in(settled["pk"], pa.array(pks)))
+        for pks in (range(newest - 14, newest - 4), range(newest - 4, newest + 1))
+    )
+    publish(lake, HOUR, first, settled_pk=newest - 5)
+    publish(lake, HOUR, late, settled_pk=newest, append=True)
+    with pytest.raises(LakeConflict, match="up to a later event, with 15 rows of which this one has 10"):
+        publish(lake, HOUR, first, settled_pk=newest - 5, force=True)
+    with pytest.raises(WindowShrinks):
+        publish(lake, HOUR, first, settled_pk=newest, force=True)
+    assert publish(lake, HOUR, first, settled_pk=newest - 5, force=True, allow_shrink=True).accepted_rows == 10
 
 
 def test_rows_that_do_not_add_up_are_refused(lake: Lake) -> None:
@@ -289,8 +311,12 @@ def test_late_events_are_not_merged_onto_what_a_run_left_that_died_between_its_t
     monkeypatch.setattr(dying.events, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         publish(dying, HOUR, 49, 3, settled_pk=11, allow_shrink=True)
-    with pytest.raises(LakeError, match="materialize the window before late events are merged"):
+    with pytest.raises(LakeConflict, match="is between its two commits, or died there"):
         publish(lake, HOUR, 0, 1, settled_pk=12, append=True)
+    monkeypatch.setattr("fraiseql_pipeline.lake.publish._BETWEEN_COMMITS", timedelta(0))
+    with pytest.raises(LakeError, match=f"materialize {HOUR}") as raised:
+        publish(lake, HOUR, 0, 1, settled_pk=12, append=True)
+    assert not raised.value.retryable
     publish(lake, HOUR, 49, 3, settled_pk=12, allow_shrink=True)
     assert lake.fsck() == []
 

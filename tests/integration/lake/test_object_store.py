@@ -18,7 +18,7 @@ import pytest
 
 from fraiseql_pipeline.errors import LakeUnavailable, WindowShrinks
 from fraiseql_pipeline.lake import Facts, Lake
-from fraiseql_pipeline.lake.storage import _Handler
+from fraiseql_pipeline.lake.storage import ObjectStorage, _Handler
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
 from tests.support.lakes import PK, SETTLED_AT, assert_plain_protocol, content, publish, quarantine_events
@@ -104,6 +104,41 @@ def test_two_writers_at_once_leave_one_generation(lake: Lake) -> None:
         thread.join()
     assert content(lake, HOUR).equals(lake_events(HOUR, 107, 7))
     assert lake.fsck() == []
+
+
+def test_an_entry_that_another_writer_put_over_ours_is_a_lost_race(lake: Lake, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on stores that pass ``If-None-Match`` over: both writers are told that their entry is there, the first before the second writes."""
+    publish(lake, HOURS[0], 10)
+    client, place = client_of(store), {"Bucket": lake.uri.split("/")[2], "Key": f"some/lake/events/_delta_log/{2:020d}.json"}
+    publish(Lake(lake.uri, lake.options), HOURS[1], 20)
+    rival = client.get_object(**place)["Body"].read()
+    client.delete_object(**place)
+    pauses: list[float] = []
+
+    def beaten_meanwhile(seconds: float) -> None:
+        if not pauses:
+            client.put_object(**place, Body=rival)
+        pauses.append(seconds)
+
+    monkeypatch.setattr("fraiseql_pipeline.lake.table.time.sleep", beaten_meanwhile)
+    writer = Lake(lake.uri, lake.options)
+    done = publish(writer, HOURS[0], 30)
+    assert (done.outcome, done.table_version, done.accepted_rows) == ("replaced", 3, 30)
+    assert pauses[0] > 0
+    for reader in (writer, lake, Lake(lake.uri, lake.options)):
+        assert list(reader.published()) == HOURS[:2]
+    assert [content(lake, hour).num_rows for hour in HOURS] == [30, 20, 0, 0]
+    assert lake.fsck() == []
+
+
+def test_only_stores_that_may_overwrite_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not ObjectStorage("s3://lake", KEYS).may_overwrite
+    assert not ObjectStorage("gs://lake", {"endpoint": "http://somewhere"}).may_overwrite
+    assert ObjectStorage("s3://lake", {"aws_endpoint": "http://somewhere"}).may_overwrite
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://somewhere")
+    assert ObjectStorage("s3://lake", KEYS).may_overwrite
 
 
 def test_checkpoints_and_maintenance_change_no_row(lake: Lake) -> None:

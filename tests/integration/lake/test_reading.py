@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,14 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable, WriterProperties, write_deltalake
 
 from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA
 from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake import read as reading
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
-from tests.support.lakes import PK, content, publish
+from tests.support.lakes import PK, content, publish, quarantine_events
 
 HOUR = Window.parse("2026-11-01-13:00")
 NEXT = Window.parse("2026-11-01-14:00")
@@ -124,14 +126,23 @@ def test_statistics_in_the_log_are_exact(lake: Lake) -> None:
     assert "data" not in stats["minValues"]
 
 
-def test_a_string_too_long_for_the_log_is_left_out_of_it(lake: Lake) -> None:
-    events = lake_events(HOUR, 10)
-    column = events.schema.get_field_index("entity_type")
-    events = events.set_column(column, events.schema.field(column), pa.array(["\U0010ffff" * 70] * 10))
-    publish(lake, HOUR, events)
-    stats = json.loads(next(iter(pa.table(DeltaTable(lake.events_uri).get_add_actions())["path"].to_pylist())) and _stats(lake))
-    assert "entity_type" not in stats["maxValues"]
-    assert pa.table(DeltaTable(lake.events_uri).scan(predicate="entity_type >= 'z'")).num_rows == 10
+@pytest.mark.parametrize(
+    "long",
+    ["z" * 65, "z" * 63 + "\U0010ffff" * 5, "a" * 63 + "\ud7ff" * 5, "\U0010ffff" * 70, "z" * 5_000],
+    ids=["too long", "ends in the last character", "ends before the surrogates", "of the last character", "too long for Parquet"],
+)
+def test_a_type_too_long_for_the_log_hides_no_event(lake: Lake, long: str) -> None:
+    publish(lake, HOUR, with_column(lake_events(HOUR, 10), "entity_type", ["A", long] * 5))
+    publish(lake, NEXT, 10)
+    stats = json.loads(_stats(lake))
+    assert "" <= stats["minValues"]["entity_type"] <= "A"
+    assert stats["maxValues"]["entity_type"] >= long or len(long) > 4_096
+    dataset, frame = DeltaTable(lake.events_uri).to_pyarrow_dataset(), pl.scan_delta(lake.events_uri)
+    for name in ("A", long):
+        assert dataset.count_rows(filter=pc.field("entity_type") == name) == 5
+        assert frame.filter(pl.col("entity_type") == name).select(pl.len()).collect().item() == 5
+        assert pa.table(DeltaTable(lake.events_uri).scan(predicate=f"entity_type = '{name}'")).num_rows == 5
+        assert read(lake, HOUR.start, NEXT.end, entity_types=[name]).num_rows == 5
 
 
 def _stats(lake: Lake) -> str:
@@ -173,6 +184,106 @@ def test_rows_of_one_instant_are_ordered_by_pk_across_files(lake: Lake, small_gr
     assert content(lake, HOUR).equals(pa.concat_tables([first, second]).sort_by(ORDER))
 
 
+def with_column(events: pa.Table, name: str, values: list[object]) -> pa.Table:
+    at = events.schema.get_field_index(name)
+    return events.set_column(at, events.schema.field(at), pa.array(values, events.schema.field(at).type))
+
+
+def test_events_of_the_asked_types_are_not_lost_before_a_file_of_others(lake: Lake) -> None:
+    events = with_column(lake_events(HOUR, 120), "entity_type", ["Order"] * 120)
+    users = with_column(lake_events(HOUR, 10, 1), "entity_type", ["User"] * 10)
+    publish(lake, HOUR, events, settled_pk=PK - 20)
+    publish(lake, HOUR, with_column(users, "pk", [PK - 15 + i for i in range(10)]), append=True)
+    assert read(lake, HOUR.start, HOUR.end, entity_types=["Order"]).equals(events)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_read_of_some_types_is_the_whole_read_without_the_others(
+    lake: Lake, small_groups: None, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever the files hold: some types or all, long stretches or single instants, in order or not, small events or large."""
+    rng = random.Random(seed)
+    monkeypatch.setattr("fraiseql_pipeline.lake.read.HELD_BYTES", rng.choice((20_000, 200_000, 10_000_000)))
+    highest = 1
+    for part in range(4):
+        n = rng.choice((1, 40, 350))
+        second, width = rng.randrange(3_000), rng.choice((0, 0, 1_000_000, 600_000_000))
+        events = with_column(
+            lake_events(HOUR, n, part), "entity_type", rng.choices(rng.sample(["A", "B", "C"], rng.randint(1, 3)), k=n)
+        )
+        at = [HOUR.start + timedelta(seconds=second, microseconds=rng.randint(0, width)) for _ in range(n)]
+        events = with_column(with_column(events, "timestamp", at), "pk", [highest + i for i in range(n)])  # type: ignore[arg-type]
+        highest += n
+        publish(lake, HOUR, events.sort_by(ORDER), settled_pk=highest - 1, append=part > 0)
+    if seed % 3 == 0:
+        table = DeltaTable(lake.events_uri)
+        rows = pa.table(table.scan()).cast(LAKE_SCHEMA)
+        write_deltalake(table, rows.take(pa.array(rng.sample(range(rows.num_rows), rows.num_rows))), mode="overwrite")
+    reader = Lake(lake.uri)
+    every = read(reader, HOUR.start, HOUR.end)
+    assert every.equals(pa.table(DeltaTable(lake.events_uri).scan()).select(LAKE_SCHEMA.names).cast(LAKE_SCHEMA).sort_by(ORDER))
+    for _ in range(8):
+        types = rng.sample(["A", "B", "C"], rng.randint(1, 2))
+        start, end = sorted(rng.choice((HOUR.start, HOUR.end, rng.choice(every["timestamp"]).as_py())) for _ in range(2))
+        inside = pc.and_(pc.greater_equal(every["timestamp"], start), pc.less(every["timestamp"], end))
+        wanted = every.filter(pc.and_(inside, pc.is_in(every["entity_type"], pa.array(types))))
+        got = pa.Table.from_batches(reader.read(start, end, entity_types=types), LAKE_SCHEMA)
+        assert got.equals(wanted), (types, start, end)
+
+
+@pytest.fixture
+def sorted_at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The rows and bytes that were put in order together, each time."""
+    seen, ordered = [], reading._ordered
+
+    def noted(parts: list[pa.Table], **options: bool) -> pa.Table | None:
+        done = ordered(parts, **options)
+        if done is not None:
+            seen.append((done.num_rows, done.nbytes))
+        return done
+
+    monkeypatch.setattr(reading, "_ordered", noted)
+    return seen
+
+
+def of_one_instant(n: int) -> pa.Table:
+    """What a transaction of the database's default for ``created_at`` writes."""
+    return with_column(lake_events(HOUR, n), "timestamp", [HOUR.start + timedelta(minutes=5)] * n).sort_by("pk")
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["our files", "shuffled files"])
+def test_the_events_of_one_instant_are_never_held_together(
+    lake: Lake, small_groups: None, sorted_at_once: list[tuple[int, int]], foreign: bool
+) -> None:
+    events = of_one_instant(3_000)
+    publish(lake, HOUR, events, settled_pk=PK - 1)
+    at = [HOUR.start + timedelta(minutes=5, seconds=-(i < 2)) for i in range(4)]
+    late = with_column(with_column(lake_events(HOUR, 4, 1), "timestamp", at), "pk", [PK + i for i in range(4)])  # type: ignore[arg-type]
+    publish(lake, HOUR, late, settled_pk=PK + 9, append=True)
+    if foreign:
+        table = DeltaTable(lake.events_uri)
+        shuffled = events.take(pa.array([(i * 787) % 3_000 for i in range(3_000)]))
+        groups = WriterProperties(max_row_group_size=100)
+        write_deltalake(table, pa.concat_tables([shuffled, late]), mode="overwrite", writer_properties=groups)
+    got = pa.Table.from_batches(Lake(lake.uri).read(HOUR.start, HOUR.end))
+    assert got.equals(pa.concat_tables([events, late]).sort_by(ORDER))
+    assert max(rows for rows, _ in sorted_at_once) <= 300
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["our files", "shuffled files"])
+def test_large_events_are_held_by_their_bytes(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, sorted_at_once: list[tuple[int, int]], foreign: bool
+) -> None:
+    monkeypatch.setattr("fraiseql_pipeline.lake.read.HELD_BYTES", 200_000)
+    events = of_one_instant(200)
+    events = with_column(events, "data", ['"' + "x" * (40_000 if i % 50 == 0 else 1_000) + '"' for i in range(200)])
+    publish(lake, HOUR, events)
+    if foreign:
+        write_deltalake(DeltaTable(lake.events_uri), events.take(pa.array([(i * 77) % 200 for i in range(200)])), mode="overwrite")
+    assert pa.Table.from_batches(Lake(lake.uri).read(HOUR.start, HOUR.end)).equals(events)
+    assert max(size for _, size in sorted_at_once) <= 250_000
+
+
 def test_a_missing_file_is_damage_and_not_fewer_rows(lake: Lake) -> None:
     publish(lake, HOUR, 100)
     publish(lake, NEXT, 100)
@@ -201,6 +312,13 @@ def test_the_rejected_rows_of_a_window_are_read_without_those_of_others(lake: La
     assert seen[1] == (1, ["event_id", "pk", "window_key"])
     with pytest.raises(InputError, match="Unknown columns"):
         lake.quarantined(NEXT, columns=["nothing"])
+
+
+def test_rejected_rows_of_any_size_come_in_order_of_pk(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = quarantine_events(HOUR, 200).sort_by("pk")
+    publish(lake, HOUR, 5, rows.take(pa.array([(i * 77) % 200 for i in range(200)])))
+    monkeypatch.setattr(reading, "HELD_BYTES", 2_000)
+    assert lake.quarantined(HOUR).combine_chunks().equals(rows)
 
 
 def test_a_torn_file_is_damage_and_not_fewer_rows(lake: Lake) -> None:

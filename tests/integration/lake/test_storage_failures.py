@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,35 @@ def test_what_fails_while_a_lake_is_maintained_is_one_retryable_sentence(
     lake.maintain(CLOSED)
     assert lake.fsck() == []
     assert content(lake, HOUR).num_rows == 10
+
+
+@contextmanager
+def closed_to_us(directory: Path) -> Iterator[None]:
+    """A directory that may not be entered; root, who may enter any, is somebody else meanwhile."""
+    user, mode = os.geteuid(), directory.stat().st_mode
+    directory.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        directory.chmod(mode)
+
+
+@pytest.mark.parametrize("part", ["", "events", "events/_delta_log"], ids=["lake", "table", "log"])
+@pytest.mark.parametrize("open_before", [False, True])
+def test_a_lake_that_may_not_be_entered_is_not_an_empty_one(lake: Lake, part: str, open_before: bool) -> None:
+    publish(lake, HOUR, 10)
+    lake = lake if open_before else Lake(lake.uri)
+    with closed_to_us(Path(lake.uri, part)):
+        for look in (lake.published, lake.newest, lake.snapshot, lambda: list(lake.read(HOUR.start, HOUR.end))):
+            with pytest.raises(LakeUnavailable, match="Permission denied") as raised:
+                look()
+            assert lake.uri not in str(raised.value)
+        with pytest.raises(LakeUnavailable, match="Permission denied"):
+            lake.maintain(CLOSED)
+    assert len(lake.published()) == 1
 
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed files", "open files"])
