@@ -101,14 +101,23 @@ def demo(output: Output, events: int) -> None:
         [(name, f"{value:,}" if isinstance(value, int | float) else value) for name, value in found.values()],
     )
     output.say("What to type next:")
-    for command, purpose in (
-        ("make dev", "the Dagster UI: partitions, backfills, checks"),
-        ("make serve", "a Flight server for pyarrow, pandas, polars, R, Java: what is published"),
-        ("FRAISEQL_DATABASE_URL=… make serve", "the same up to now, for a change log of your own (FRAISEQL_LAKE_URI: a new lake)"),
-        ("make dbt", "a dbt project over the Delta tables"),
-        (".venv/bin/fraiseql-pipeline quarantine list", "the events that were rejected, and why"),
-    ):
-        output.say(f"  {command:<45} {purpose}")
+    for command, purpose in _next():
+        output.say(f"  {command:<55} {purpose}")
+
+
+def _next() -> Iterator[tuple[str, str]]:
+    """Commands as they are typed here: in a checkout, or wherever the package was installed."""
+    checkout = Path("Makefile").exists() and Path("dbt_examples").exists()
+    serve = "make serve" if checkout else "fraiseql-pipeline serve"
+    yield (
+        "make dev" if checkout else f'DAGSTER_HOME="$PWD/.fraiseql/dagster" dagster dev -m {_code_location()}',
+        "the Dagster UI: partitions, backfills, checks",
+    )
+    yield serve, "a Flight server for pyarrow, pandas, polars, R, Java: what is published"
+    yield f"FRAISEQL_DATABASE_URL=… {serve}", "the same up to now, for a change log of your own (FRAISEQL_LAKE_URI: a new lake)"
+    if checkout:
+        yield "make dbt", "a dbt project over the Delta tables"
+    yield f"{'.venv/bin/' if checkout else ''}fraiseql-pipeline quarantine list", "the events that were rejected, and why"
 
 
 @contextmanager

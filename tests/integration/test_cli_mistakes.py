@@ -115,6 +115,14 @@ def test_only_a_local_lake_is_filled_from_made_up_events(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_demo_names_what_can_be_typed_where_it_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"make dev", "make serve", "make dbt"} <= {command for command, _ in demo._next()}
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [command for command, _ in demo._next()]
+    assert "fraiseql-pipeline serve" in elsewhere
+    assert not any("make" in command or ".venv" in command for command in elsewhere)
+
+
 def test_the_demos_dagster_process_gets_what_a_file_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: datetime) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "demo.toml"
