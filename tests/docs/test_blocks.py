@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,8 +35,9 @@ SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
 class Reader:
     """A reader at a keyboard: one directory with nothing but the examples in it, the package installed, nothing configured."""
 
-    def __init__(self, at: Path, held: ExitStack) -> None:
+    def __init__(self, at: Path, made: Path, held: ExitStack) -> None:
         self.at = at
+        self._made = made
         (at / "examples").symlink_to(ROOT / "examples")
         self._held = held
         self._addresses: dict[str, str] = {}
@@ -58,12 +60,14 @@ class Reader:
         return subprocess.run(block.command, cwd=self.at, env=environment, capture_output=True, text=True, check=False)
 
     def lake(self) -> None:
-        """A lake with the last hours of a sample, unless the blocks above have made one."""
+        """A lake with the last hours of a sample, unless the blocks above have made one: a copy of one that is made once for all readers."""
         if (self.at / ".fraiseql" / "lake").exists():
             return
-        for arguments in (["sample", "--events", "20000"], ["materialize", "--start", "now-6h", "--end", "now"]):
-            command = [str(Path(sys.executable).parent / "fraiseql-pipeline"), *arguments]
-            subprocess.run(command, cwd=self.at, env=self.environment, capture_output=True, check=True)
+        if not (self._made / ".fraiseql").exists():
+            for arguments in (["sample", "--events", "20000"], ["materialize", "--start", "now-6h", "--end", "now"]):
+                command = [str(Path(sys.executable).parent / "fraiseql-pipeline"), *arguments]
+                subprocess.run(command, cwd=self._made, env=self.environment, capture_output=True, check=True)
+        shutil.copytree(self._made / ".fraiseql", self.at / ".fraiseql", dirs_exist_ok=True)
 
     def server(self, kind: str) -> str:
         """``host:port`` of a Flight server over this reader's lake, started when first asked for."""
@@ -104,9 +108,9 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Reader]]:
     """One reader per document, so that a block finds what the blocks above it left."""
     with ExitStack() as held:
-        found = {}
+        found, made = {}, tmp_path_factory.mktemp("made")
         for document in {block.document for block in RUN}:
-            found[document] = Reader(tmp_path_factory.mktemp("reader"), held)
+            found[document] = Reader(tmp_path_factory.mktemp("reader"), made, held)
         yield found
 
 

@@ -20,6 +20,7 @@ from tests.support.lakes import publish
 ROWS = 2000
 
 
+@pytest.mark.slow
 def test_a_report_on_flight_has_every_case_and_every_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, less in (("_FIRST_BATCHES", 3), ("_PAIRS", 1), ("_NEWCOMERS", 2), ("_CROWD_SECONDS", 0.1)):
         monkeypatch.setattr(flight, name, less)

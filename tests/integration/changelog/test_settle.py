@@ -365,6 +365,7 @@ def test_a_control_connection_that_was_ended_is_said_to_and_opened_again(
         assert changelog.settle().settled_pk == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_locked_by_a_migration_is_a_clear_error(changelog_url: str, session: Callable[..., _Session]) -> None:
     session().execute("BEGIN; LOCK TABLE core.tb_entity_change_log IN ACCESS EXCLUSIVE MODE")
     with _open(changelog_url) as changelog:

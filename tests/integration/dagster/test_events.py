@@ -138,7 +138,9 @@ def test_a_day_takes_the_place_of_its_hours(
     assert location.run(*MORNING).success
     monkeypatch.setenv("FRAISEQL_WINDOW", "day")
     day = Window.parse("2026-11-20")
-    assert location.run(day, config={"only_new": only_new}).success
+    assert not location.run(day, config={"only_new": only_new}).success, "nothing takes that back, so it needs a word"
+    assert day not in location.lake.published()
+    assert location.run(day, config={"only_new": only_new, "other_size": True}).success
     assert location.metadata()[day.key]["dagster/partition_row_count"] == 12
     assert set(location.lake.published()) == {day}
 

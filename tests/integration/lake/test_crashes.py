@@ -50,6 +50,7 @@ def replace_and_die(uri: str, step: int) -> None:
     publish(Lake(uri), HOUR, lake_events(HOUR, AFTER[0], 1), quarantine_events(HOUR, AFTER[1], 1), settled_pk=PK + 1)
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_step_leaves_a_whole_table_and_the_retry_is_right(tmp_path: Path) -> None:
     sound = tmp_path / "sound"
     publish(Lake(str(sound)), HOUR, *BEFORE)
