@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -67,7 +66,8 @@ class Reader:
             for arguments in (["sample", "--events", "20000"], ["materialize", "--start", "now-6h", "--end", "now"]):
                 command = [str(Path(sys.executable).parent / "fraiseql-pipeline"), *arguments]
                 subprocess.run(command, cwd=self._made, env=self.environment, capture_output=True, check=True)
-        shutil.copytree(self._made / ".fraiseql", self.at / ".fraiseql", dirs_exist_ok=True)
+        # With owners and modes: run as root, the embedded Postgres is somebody else's.
+        subprocess.run(["cp", "-a", f"{self._made}/.fraiseql/.", f"{self.at}/.fraiseql"], check=True)
 
     def server(self, kind: str) -> str:
         """``host:port`` of a Flight server over this reader's lake, started when first asked for."""
