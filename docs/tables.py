@@ -91,7 +91,7 @@ TICKET_KEYS = {
 
 #: What a field of a receipt means; the fields are those of ``flight/received.py``, and how the stream was encoded.
 RECEIPT_FIELDS = {
-    "rows": "events of the stream; in `info`, null where the range cuts a window or a filter applies",
+    "rows": "events of the stream; in `info`, null where neither commits nor kept frames tell: they do for whole windows, and for what was read before",
     "checksum": "sum of the event ids modulo 2^64, as `fraiseql_pipeline.encoding.checksum` makes it; null where they were not sent",
     "table_version": "the version of the table that was read; null while nothing is published",
     "complete_through": "published windows end here, or all that had settled by then is in: what the range has behind it is not among the events",
@@ -170,7 +170,7 @@ def receipts() -> str:
     known = {field.name for field in fields(Receipt)} - {"schema"} | {"profile", "codec"}
     if known != RECEIPT_FIELDS.keys():
         raise KeyError(f"RECEIPT_FIELDS must say what {sorted(known ^ RECEIPT_FIELDS.keys())} mean.")
-    rows = [(f"`{name}`", text, f"`fraiseql.{name}`" if name in received._KEPT else "") for name, text in RECEIPT_FIELDS.items()]
+    rows = [(f"`{name}`", text, f"`fraiseql.{name}`" if name in received.KEPT else "") for name, text in RECEIPT_FIELDS.items()]
     return _table(("field", "meaning", "in the table's metadata"), rows)
 
 

@@ -263,6 +263,9 @@ QUARANTINE_SCHEMA = pa.schema(
 ORDER = ("timestamp", "pk")
 """The order of events everywhere: in a window, in a file's row groups, in a stream."""
 
+SORT_KEYS = [(name, "ascending") for name in ORDER]
+"""The same, as Arrow's sorting takes it."""
+
 
 def in_order(at: pa.Array, pk: pa.Array, *, strictly: bool = True) -> bool:
     """Whether rows with these times and keys, none of them null, stand in ``ORDER``; ``strictly``: and no two of them are the same."""

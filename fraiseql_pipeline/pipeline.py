@@ -89,9 +89,10 @@ def materialize(
     done, from the thread that did it.
 
     Raises ``WindowError`` for a window that has not ended, lies before FRAISEQL_START where that is set, or is of another size than the
-    lake's (unless ``other_size``), ``SourceRefused`` for a change log that is not the one the lake was published from (unless ``force``), ``SettleTimeout`` when writers stay open (nothing is published then), and whatever the source fails with.
-    What validation or the lake refuse of one window is raised when all others are published: the error of the oldest one, naming every
-    one; see ``PipelineError.refused``.
+    lake's (unless ``other_size``), ``SourceRefused`` for a change log that is not the one the lake was published from (unless ``force``),
+    ``SettleTimeout`` when writers stay open (nothing is published then), and whatever the source fails with. What validation or the lake
+    refuse of one window is raised when all others are published: the error of the oldest one, naming every one; see
+    ``PipelineError.refused``.
     """
     ordered = sorted(set(windows))
     if not ordered:

@@ -22,7 +22,7 @@ from fraiseql_pipeline.event import UUID_PATTERN
 from fraiseql_pipeline.flight.auth import SCOPES, new_token
 from fraiseql_pipeline.flight.client import Client, Tls, connect
 from fraiseql_pipeline.flight.plan import plan
-from fraiseql_pipeline.flight.received import Receipt, facts_of, receipt_of
+from fraiseql_pipeline.flight.received import KEPT, Receipt, facts_of, receipt_of
 from fraiseql_pipeline.flight.view import pinned
 from fraiseql_pipeline.flight.workers import Started, log_to_stderr, run
 from fraiseql_pipeline.lake import Lake
@@ -33,9 +33,6 @@ from fraiseql_pipeline.window import Window, WindowSize
 #: Events whose type is looked at when a read found none of the asked type, and types that are named then.
 _LOOKED_AT = 200_000
 _NAMED = 10
-
-#: Of a receipt, what --json tells.
-_TOLD = ("table_version", "complete_through", "settled_pk", "provisional_windows", "missing_windows", "next_ticket")
 
 _WITHOUT_A_LOG = (
     "Reads end at what is published. With FRAISEQL_DATABASE_URL set to the change log they reach up to now; the embedded Postgres of the "
@@ -182,7 +179,7 @@ def _read_on(output: Output, client: Client | None, ticket: str, asked: Ticket, 
 
 
 def _tell(output: Output, rows: int, seconds: float, target: Path | None, receipt: Receipt | None, **more: object) -> None:
-    said = {name: getattr(receipt, name, None) for name in _TOLD}
+    said = {name: getattr(receipt, name, None) for name in KEPT}
     output.result({"rows": rows, "seconds": seconds, "output": None if target is None else str(target), **said, **more})
     output.say(f"{rows:,} events in {seconds:.2f} s" + (f", written to {target}." if target else "."))
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fraiseql_pipeline.errors import FlightUnavailable, TicketError
-from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER
+from fraiseql_pipeline.event import LAKE_SCHEMA, SORT_KEYS
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
 from fraiseql_pipeline.flight.segment import units
 from fraiseql_pipeline.validate import Validator
@@ -375,7 +375,7 @@ def _joined(rows: pa.Table) -> list[pa.RecordBatch]:
 
 
 def _sorted(rows: pa.Table) -> pa.Table:
-    return rows.take(pc.sort_indices(rows, sort_keys=[(name, "ascending") for name in ORDER]))
+    return rows.take(pc.sort_indices(rows, sort_keys=SORT_KEYS))
 
 
 def _by_hour(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -387,7 +387,7 @@ def _by_hour(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
             if hours[0] == number and hours[-1] == number and (hours == number).all()
             else batch.filter(pa.array(hours == number))
         )
-        yield number, part.take(pc.sort_indices(part, sort_keys=[(name, "ascending") for name in ORDER]))
+        yield number, part.take(pc.sort_indices(part, sort_keys=SORT_KEYS))
 
 
 def _hours_of(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:

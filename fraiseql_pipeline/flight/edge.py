@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import grpc
 
@@ -30,7 +30,7 @@ from fraiseql_pipeline.errors import InputError, NotAllowed, NotAuthenticated, N
 from fraiseql_pipeline.flight import limits, status
 from fraiseql_pipeline.flight.audit import AuditLog
 from fraiseql_pipeline.flight.auth import READ, Authenticator, Caller
-from fraiseql_pipeline.flight.limits import Running, Slots
+from fraiseql_pipeline.flight.limits import Running, Slots, Use
 from fraiseql_pipeline.flight.metrics import Metrics
 from fraiseql_pipeline.flight.presence import ClientGone, Presence
 
@@ -57,7 +57,6 @@ MAX_REQUEST_BYTES = 256 * 1024
 ANY = ""
 
 _NOBODY = Caller("", None, frozenset())
-Kind = Literal["stream", "plan", "short"]
 
 
 @dataclass(slots=True)
@@ -147,9 +146,9 @@ class Edge:
 
         return self._handler(name, _of_one_request(answer), scope, "plan")
 
-    def many(self, name: str, method: Callable[[bytes, Call], Iterator[bytes]], scope: str = READ, kind: Kind = "short") -> Any:
-        """An RPC with a stream of answers. ``kind``: whether it is one of the streams that ``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS`` counts."""
-        return self._handler(name, _of_one_request(method), scope, kind)
+    def many(self, name: str, method: Callable[[bytes, Call], Iterator[bytes]], scope: str = READ, use: Use = "short") -> Any:
+        """An RPC with a stream of answers. ``use``: whether it is one of the streams that ``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS`` counts."""
+        return self._handler(name, _of_one_request(method), scope, use)
 
     def both(
         self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str, *, uploads: bool = False
@@ -182,15 +181,15 @@ class Edge:
 
         return grpc.stream_stream_rpc_method_handler(answers)
 
-    def _handler(self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str | None, kind: Kind) -> Any:
+    def _handler(self, name: str, method: Callable[[Iterator[bytes], Call], Iterator[bytes]], scope: str | None, use: Use) -> Any:
         def answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Generator[bytes]:
             call = Call(name, context, self._slots.max_rows)
             code = "OK"
-            counted = kind == "stream" and scope is not None
+            counted = use == "stream" and scope is not None
             try:
                 if scope is not None:
                     self._admit(call, scope)
-                with self._slot(call, kind, scope) as call.running, closing(_generator(method(requests, call))) as messages:
+                with self._slot(call, use, scope) as call.running, closing(_generator(method(requests, call))) as messages:
                     if counted:
                         self._metrics.streams.inc()
                     try:
@@ -225,11 +224,10 @@ class Edge:
             running.sent(len(message))
             call.sent_bytes += len(message)
 
-    def _slot(self, call: Call, kind: Kind, scope: str | None) -> AbstractContextManager[Running]:
+    def _slot(self, call: Call, use: Use, scope: str | None) -> AbstractContextManager[Running]:
         if scope is None:
             return self._slots.handshake(self._authenticator.introduced(call.context.invocation_metadata()), call.context)
-        take = {"stream": self._slots.stream, "plan": self._slots.plan, "short": self._slots.short}[kind]
-        return take(call.caller, call.context, shared=not self._authenticator.knows_callers)
+        return self._slots.call(use, call.caller, call.context, shared=not self._authenticator.knows_callers)
 
     def _admit(self, call: Call, scope: str) -> None:
         call.caller = self._authenticator.caller(call.context.invocation_metadata(), tuple(call.context.peer_identities() or ()))

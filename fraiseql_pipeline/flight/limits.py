@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 
@@ -71,6 +71,10 @@ def check(decided: Plan, settings: Settings) -> None:
 
 def too_many_rows(most: int) -> TicketError:
     return TicketError(f"A stream must not have more than {most} events on this server; ask for a smaller range, or set a limit.")
+
+
+Use = Literal["stream", "plan", "short"]
+"""A stream of events; a call with one answer, which may wait for the lake and the database; any other call that sends messages."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,10 +151,12 @@ class Slots:
         self.max_rows = settings.arrow_flight_max_rows
         streams, each = settings.arrow_flight_max_streams, settings.arrow_flight_max_streams_per_principal
         longest = settings.arrow_flight_max_stream_seconds
-        self._streams = Kind(streams, each, longest, "sends {} streams")
-        # As many as streams: whoever may read may plan.
-        self._plans = Kind(streams, each, longest, "plans {} tickets", "for this principal")
-        self._short = Kind(SHORT_CALLS, SHORT_CALLS_EACH, longest, "answers {} such calls")
+        self._of: dict[Use, Kind] = {
+            "stream": Kind(streams, each, longest, "sends {} streams"),
+            # As many as streams: whoever may read may plan.
+            "plan": Kind(streams, each, longest, "plans {} tickets", "for this principal"),
+            "short": Kind(SHORT_CALLS, SHORT_CALLS_EACH, longest, "answers {} such calls"),
+        }
         self._probes = Kind(PROBES, PROBES_EACH, _HANDSHAKE_SECONDS, "answers {} probes", "from this address")
         self._logins = Kind(HANDSHAKES, HANDSHAKES_EACH, _HANDSHAKE_SECONDS, "answers {} handshakes")
         self._strangers = Kind(HANDSHAKES, HANDSHAKES_EACH, _HANDSHAKE_SECONDS, "answers {} handshakes", "from this address")
@@ -164,19 +170,11 @@ class Slots:
     @property
     def most(self) -> int:
         """Calls that may have a slot at a time, of all kinds."""
-        return sum(kind.most for kind in (self._streams, self._plans, self._short, self._probes, self._logins, self._strangers))
+        return sum(kind.most for kind in (*self._of.values(), self._probes, self._logins, self._strangers))
 
-    def stream(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
-        """A stream of events. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
-        return self._run(self._streams, caller, context, None if shared else caller.name)
-
-    def plan(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
-        """A call with one answer, which may wait for the lake and the database. Raises ``FlightBusy``."""
-        return self._run(self._plans, caller, context, None if shared else caller.name)
-
-    def short(self, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
-        """Any other call that sends messages. Raises ``FlightBusy``."""
-        return self._run(self._short, caller, context, None if shared else caller.name)
+    def call(self, use: Use, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
+        """A call of somebody who is known. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
+        return self._run(self._of[use], caller, context, None if shared else caller.name)
 
     def probe(self, context: grpc.ServicerContext) -> AbstractContextManager[Running]:
         """A call that anybody may make. Raises ``FlightBusy``."""

@@ -41,8 +41,8 @@ class Receipt:
     """What a server says about a stream.
 
     ``rows``: events in it; None in an ``info`` where neither commits nor kept frames tell: they do for whole windows, and for what was
-    read before. ``complete_through``: the published windows end here; events of the asked range after it will come later. ``provisional_windows`` may still get events of transactions
-    that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
+    read before. ``complete_through``: the published windows end here; events of the asked range after it will come later.
+    ``provisional_windows`` may still get events of transactions that were open, ``missing_windows`` were holes the ticket allowed. ``schema``: the stream's columns. ``settled_pk``: every event of the
     range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
     ``next_ticket`` reads what comes after this; None behind a ``limit``, and in an ``info`` where a log is followed. ``table_version`` is
     None while nothing is published.
@@ -61,7 +61,7 @@ class Receipt:
     @property
     def metadata(self) -> dict[bytes, bytes]:
         """What of it a table keeps, for the metadata of its schema; what is None is left out."""
-        said = {name: getattr(self, name) for name in _KEPT}
+        said = {name: getattr(self, name) for name in KEPT}
         return {
             f"fraiseql.{name}".encode(): (value.isoformat() if isinstance(value, datetime) else str(value)).encode()
             for name, value in said.items()
@@ -70,7 +70,7 @@ class Receipt:
 
 
 #: Of a receipt, what is true of a table as long as it exists; its rows and columns a table says itself.
-_KEPT = ("table_version", "complete_through", "settled_pk", "provisional_windows", "missing_windows", "next_ticket")
+KEPT = ("table_version", "complete_through", "settled_pk", "provisional_windows", "missing_windows", "next_ticket")
 
 
 class Stream:

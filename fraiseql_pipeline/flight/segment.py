@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from fraiseql_pipeline.encoding import FEW_VALUES, FRAME_BYTES, dictionary_fits
 from fraiseql_pipeline.errors import LakeDamaged
-from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, PARTITION, in_order
+from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, PARTITION, SORT_KEYS, in_order
 from fraiseql_pipeline.lake import File, Snapshot, file_errors
 from fraiseql_pipeline.window import FOREVER, from_micros, to_micros
 
@@ -267,7 +267,7 @@ def _read_alone(
         whole = parquet.read_row_group(group.index, columns=[*ORDER, *few, *bulk], use_threads=False)
         whole = whole.append_column(PARTITION, pa.repeat(_date(file), whole.num_rows))
         whole = whole if mask is None else whole.filter(mask)
-        whole = whole.take(pc.sort_indices(whole, sort_keys=[(name, "ascending") for name in ORDER]))
+        whole = whole.take(pc.sort_indices(whole, sort_keys=SORT_KEYS))
         for batch in whole.combine_chunks().to_batches():
             yield from held(batch, columns)
         return

@@ -100,7 +100,7 @@ class FlightService:
     def handlers(self, edge: Edge, put: Callable[[Iterator[bytes], Call], Iterator[bytes]] | None = None) -> dict[str, Any]:
         """RPC → handler. Messages pass as bytes: frames must not go through protobuf again. ``put`` takes uploads; None: nothing does."""
         return {
-            "DoGet": edge.many("DoGet", self.do_get, kind="stream"),
+            "DoGet": edge.many("DoGet", self.do_get, use="stream"),
             "GetFlightInfo": edge.one("GetFlightInfo", self.get_flight_info),
             "GetSchema": edge.one("GetSchema", self.get_schema),
             "ListFlights": edge.many("ListFlights", self.list_flights),

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import InputError, LakeDamaged, LakeUnavailable
-from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, PARTITION, QUARANTINE_SCHEMA, in_order
+from fraiseql_pipeline.event import LAKE_SCHEMA, ORDER, PARTITION, QUARANTINE_SCHEMA, SORT_KEYS, in_order
 from fraiseql_pipeline.lake.entry import File
 from fraiseql_pipeline.lake.facts import Commit
 from fraiseql_pipeline.lake.parquet import ROW_GROUP_BYTES, ROW_GROUP_ROWS
@@ -280,7 +280,7 @@ class _Sweep:
             return []
         size = sum(g.size for g in groups) / sum(g.rows for g in groups)
         rows = min(HELD_ROWS // 2, int(HELD_BYTES / 2 / max(size, 1)), -(-keys.num_rows // least))
-        order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in ORDER])
+        order = pc.sort_indices(keys, sort_keys=SORT_KEYS)
         at, pk = keys["timestamp"], keys["pk"]
         firsts = (order[i].as_py() for i in range(0, keys.num_rows, max(rows, 1)))
         return sorted({key for i in firsts if low < (key := (at[i].value, pk[i].as_py())) < high})
@@ -347,7 +347,7 @@ def _ordered(parts: Sequence[pa.Table], *, bounded: bool = True) -> pa.Table | N
         return rows
     if bounded and rows.nbytes > HELD_BYTES:
         return None
-    return rows.combine_chunks().take(pc.sort_indices(pa.table([at, pk], ORDER), sort_keys=[(name, "ascending") for name in ORDER]))
+    return rows.combine_chunks().take(pc.sort_indices(pa.table([at, pk], ORDER), sort_keys=SORT_KEYS))
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

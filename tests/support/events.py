@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fraiseql_pipeline.event import BATCH_SCHEMA, EVENT_TYPES, LAKE_SCHEMA, ORDER, TIMESTAMP
+from fraiseql_pipeline.event import BATCH_SCHEMA, EVENT_TYPES, LAKE_SCHEMA, SORT_KEYS, TIMESTAMP
 from fraiseql_pipeline.window import Window
 
 ENTITY_TYPES = ("Order", "User", "Product", "Invoice", "Payment")
@@ -49,7 +49,7 @@ def batch_events(window: Window, n: int, seed: int = 0, **overrides: Any) -> pa.
         raise ValueError(f"BATCH_SCHEMA has no column {sorted(unknown)}.")
     columns = _columns(window, n, random.Random(f"{window.key}/{seed}"))
     table = pa.table([columns[name].cast(BATCH_SCHEMA.field(name).type) for name in BATCH_SCHEMA.names], schema=BATCH_SCHEMA)
-    table = table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in ORDER])).combine_chunks()
+    table = table.take(pc.sort_indices(table, sort_keys=SORT_KEYS)).combine_chunks()
     for name, value in overrides.items():
         at = BATCH_SCHEMA.get_field_index(name)
         table = table.set_column(at, BATCH_SCHEMA.field(at), _overridden(table.column(at), value))

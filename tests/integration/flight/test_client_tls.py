@@ -14,7 +14,7 @@ from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from tests.integration.flight.conftest import hour, publish
-from tests.support.certificates import Authority
+from tests.support.certificates import Authority, Pair
 from tests.support.events import lake_events
 
 TICKET = "events:*:2026-11-01T00:00:00Z:2026-11-01T01:00:00Z:10000"
@@ -30,6 +30,15 @@ def stranger(tmp_path: Path) -> Authority:
     return Authority(tmp_path, "another authority")
 
 
+def _mutual(authority: Authority, pair: Pair) -> dict[str, str]:
+    """The settings of a server that shows a pair and asks its clients for a certificate of the authority."""
+    return {
+        "arrow_flight_tls_cert": str(pair.cert),
+        "arrow_flight_tls_key": str(pair.key),
+        "arrow_flight_tls_client_ca": str(authority.ca),
+    }
+
+
 def _refused(url: str, **tls: Path) -> PipelineError:
     with connect(url, **tls) as client, pytest.raises(PipelineError) as found:
         client.read(TICKET)
@@ -42,12 +51,7 @@ def test_each_mistake_with_tls_is_told_as_what_it_is(
     lake: Lake, start_server: Callable[..., FlightServer], authority: Authority, stranger: Authority
 ) -> None:
     pair, theirs = authority.issue("server"), stranger.issue("client")
-    server = start_server(
-        lake,
-        arrow_flight_tls_cert=str(pair.cert),
-        arrow_flight_tls_key=str(pair.key),
-        arrow_flight_tls_client_ca=str(authority.ca),
-    )
+    server = start_server(lake, **_mutual(authority, pair))
     plain = start_server(lake)
     untrusted = _refused(server.url, tls_root_certs=stranger.ca)
     assert (type(untrusted), "is not one this client trusts" in str(untrusted)) == (FlightRefused, True)
@@ -67,12 +71,7 @@ def test_the_command_line_reads_over_mutual_tls(
 ) -> None:
     publish(lake, hour(0), lake_events(hour(0), 5))
     pair, mine = authority.issue("server"), authority.issue("client")
-    server = start_server(
-        lake,
-        arrow_flight_tls_cert=str(pair.cert),
-        arrow_flight_tls_key=str(pair.key),
-        arrow_flight_tls_client_ca=str(authority.ca),
-    )
+    server = start_server(lake, **_mutual(authority, pair))
     trusting = ("read", TICKET, "--url", server.url, "--tls-root-certs", str(authority.ca))
     read = CliRunner().invoke(main, [*trusting, "--cert-chain", str(mine.cert), "--private-key", str(mine.key)])
     assert read.exit_code == 0, read.output
