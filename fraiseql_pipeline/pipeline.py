@@ -29,6 +29,7 @@ from typing import TypeVar, cast
 
 import pyarrow as pa
 
+from fraiseql_pipeline import memory
 from fraiseql_pipeline.changelog import Audit, ChangeLog, Settlement
 from fraiseql_pipeline.errors import LakeError, PipelineError, SourceRefused, ValidationHalted, WindowError
 from fraiseql_pipeline.lake import Commit, Facts, Lake
@@ -39,8 +40,7 @@ from fraiseql_pipeline.window import Window, WindowSize
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 
-#: After this many batches, what was freed goes back to the system. The batches of a read are freed by other threads than the one that made
-#: them, and the allocator keeps the holes; without this the peak rises with the window: of 3,000,000 events by 45 MiB. It costs up to a tenth of the CPU.
+#: After this many batches, what was freed goes back to the system; without this the peak rises with the window: of 3,000,000 events by 45 MiB. It costs up to a tenth of the CPU.
 _TIDY_EVERY = 4
 
 #: Windows that an error names; a run of Dagster has 96 at most as it comes.
@@ -240,8 +240,7 @@ def _publish(
                     staged.quarantine(validation.quarantined)
                 reasons.update(validation.reasons)
                 if number % _TIDY_EVERY == 0:
-                    # The driver's buffers come from malloc, whatever Arrow's own pool is; this asks malloc.
-                    pa.system_memory_pool().release_unused()
+                    memory.give_back()
         # A few late rows are not judged by themselves: the share is one of the whole window.
         accepted, quarantined = (0, 0) if onto is None else (onto.accepted_rows, onto.quarantined_rows)
         check_share(

@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from fraiseql_pipeline import memory
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
 
@@ -352,7 +353,7 @@ def _peak_memory_mib() -> float:
 
 
 def _run_case(case: str) -> None:
-    pa.set_memory_pool(pa.system_memory_pool())  # as the command line does
+    memory.share_malloc()  # as the command line does
     arguments = json.loads(sys.stdin.read())
     with tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as at:
         figures: dict[str, Any] = globals()[f"_case_{case}"](arguments, Path(at))

@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.serialization import Encoding as Form
 from cryptography.hazmat.primitives.serialization import NoEncryption, PrivateFormat
 from pyarrow import flight, ipc
 
+from fraiseql_pipeline import memory
 from fraiseql_pipeline.encoding import Encoding, to_wire, wire_schema
 from fraiseql_pipeline.errors import PipelineError
 from fraiseql_pipeline.event import WIRE_SCHEMA
@@ -185,7 +186,7 @@ _Stop = Callable[[], object]
 
 
 def _ours(lake: Lake, asked: dict[str, Any]) -> tuple[str, _Stop]:
-    pa.set_memory_pool(pa.system_memory_pool())  # as the command line does
+    memory.share_malloc()  # as the command line does
     tls, database_url = asked["tls"], asked["url"]
     start = {} if database_url is not None else {"start": _extent(lake)[0]}
     files = {} if tls is None else {"arrow_flight_tls_cert": tls[0], "arrow_flight_tls_key": tls[1]}

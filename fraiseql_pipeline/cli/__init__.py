@@ -105,14 +105,12 @@ def main(ctx: click.Context, config: Path | None, as_json: bool) -> None:
 
     Settings come from FRAISEQL_… environment variables; docs/configuration.md lists them.
     """
-    import pyarrow as pa
+    from fraiseql_pipeline import memory
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows what it can
-    # One allocator for Arrow and for the driver that reads Postgres, so that memory freed by one serves the other.
-    # That is for the program to choose, not for a library.
-    pa.set_memory_pool(pa.system_memory_pool())
+    memory.share_malloc()
     ctx.obj = Output(as_json=as_json, load=lambda: Settings.load(config))
 
 

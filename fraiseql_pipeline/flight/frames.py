@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from fraiseql_pipeline import memory
 from fraiseql_pipeline.errors import FlightUnavailable
 from fraiseql_pipeline.flight.presence import Presence
 from fraiseql_pipeline.flight.threads import Threads
@@ -48,6 +49,10 @@ _TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
 
 #: Entries that are kept, whatever their size: one takes 3.2 KB of memory beside its file, and anybody who reads can ask in ever new ways.
 MAX_ENTRIES = 16_384
+
+#: Events filled after which memory is given back, as soon as nothing is being filled: 5 to 10 ms that no reader waits for. Without it a server that
+#: has filled 1,000,000 wide events holds 71 to 99 MiB of what encoding has freed in one encoding and 86 to 127 in six, with it 25 to 38 and 56 to 77.
+TIDY_ROWS = 100_000
 
 #: What the end waits for threads that fill entries: one message takes milliseconds, but a storage may take its time.
 _CLOSE_SECONDS = 2.0
@@ -178,6 +183,8 @@ class FrameStore:
         self._closed = False
         self._directory: Path | None = None
         self._held = -1
+        self._filling = 0
+        self._untidy_rows = 0  # filled since memory was given back
         self._encoders = Threads(encoders or max(2, os.cpu_count() or 1), "frames")
 
     def open(self, key: Hashable, make: Callable[[], Iterable[Message]], *, keep_going: bool = True) -> Entry:
@@ -261,8 +268,9 @@ class FrameStore:
     def _fill(self, entry: Entry, keep_going: bool) -> None:
         with self._lock:
             make, entry._make = entry._make, None
-        if make is None:  # dropped meanwhile
-            return
+            if make is None:  # dropped meanwhile
+                return
+            self._filling += 1
         error: Exception | None = None
         try:
             for message in make():
@@ -275,6 +283,13 @@ class FrameStore:
             error = failure
         with self._lock:
             self._filled(entry, error)
+            self._filling -= 1
+            self._untidy_rows += entry.rows
+            tidies = not self._filling and self._untidy_rows >= TIDY_ROWS
+            if tidies:
+                self._untidy_rows = 0
+        if tidies:
+            memory.give_back()
 
     def _is_unwanted(self, entry: Entry) -> bool:
         """Whether nobody but the thread that fills it is left; nobody finds it any more then."""

@@ -50,6 +50,9 @@ _THIS_CONNECTION = "arrow-flight-reuse-connection://?"
 #: Bytes that a request may have around an endpoint it brings back: the messages of a renewal have some 30.
 _AROUND_ENDPOINT_BYTES = 1024
 
+#: A lake of two days is opened in 20 ms; the first reader of a server that has just started would wait for it.
+_LOOK_AHEAD_SECONDS = 1.0
+
 _BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 #: Where an endless ticket ends: events may be as far ahead of the clock as they like.
@@ -76,10 +79,12 @@ class FlightService:
         self.live = Live(settings, lake, self._views, self.store) if follows else None
 
     def start(self) -> None:
-        """Follow the change log, if there is one, and look at the lake before somebody asks for it."""
+        """Follow the change log, if there is one, and look at the lake before somebody asks for it; one that is slow is not waited for."""
         if self.live is not None:
             self.live.start()
-        threading.Thread(target=self._look_ahead, name="lake-ahead", daemon=True).start()
+        looking = threading.Thread(target=self._look_ahead, name="lake-ahead", daemon=True)
+        looking.start()
+        looking.join(_LOOK_AHEAD_SECONDS)
 
     def _look_ahead(self) -> None:
         # Of the first batch that a new server sends, opening the table and sorting its files and windows is a third.

@@ -35,10 +35,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from fraiseql_pipeline import memory
 from fraiseql_pipeline.changelog import open_changelog
 from fraiseql_pipeline.errors import PipelineError, SettingsError
 from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
@@ -378,8 +378,7 @@ def _work(chosen: dict[str, Any], lake_was_there: bool, insecure: bool, parent: 
     # Ctrl-C reaches every process of a terminal; the supervisor decides what it means and says so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log_to_stderr()
-    # As the command line does, which a spawned process is not: pyarrow's own pool keeps up to 100 MiB of what encoding has freed.
-    pa.set_memory_pool(pa.system_memory_pool())
+    memory.share_malloc()  # as the command line does, which a spawned process is not
     try:
         _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
         settings = Settings(**chosen)

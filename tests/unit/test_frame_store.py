@@ -456,3 +456,28 @@ def test_closing_tells_readers_and_does_not_wait_for_what_hangs(tmp_path: Path, 
     store._encoders.join(30)
     assert ended.is_set()
     assert hanging._file == queued._file == -1
+
+
+def test_memory_is_given_back_when_much_was_made_and_nothing_is_being_made(
+    store: FrameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[bool] = []
+    monkeypatch.setattr(module.memory, "give_back", lambda: times.append(slow.complete))
+    begun, allowed = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[Message]:
+        begun.set()
+        assert allowed.wait(30)
+        yield message(b"slow")
+
+    slow = store.open("slow", slowly)
+    assert begun.wait(30)
+    much = store.open("much", lambda: [message(b"much", module.TIDY_ROWS)])
+    assert len(list(much.items())) == 1
+    store.release(much)
+    allowed.set()
+    assert len(list(slow.items())) == 1
+    store.release(slow)
+    drained(store, "little", b"little")
+    store.close()  # waits for the threads that fill
+    assert times == [True]

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 from pyarrow import flight
 
 from fraiseql_pipeline.errors import FlightUnavailable, SettingsError
+from fraiseql_pipeline.flight import service
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer, serve
-from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake import Lake, Snapshot
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
 from tests.support.events import lake_events
@@ -191,3 +193,26 @@ def test_an_abandoned_stream_frees_its_slot(lake_uri: str, start_server: Callabl
             except FlightUnavailable:
                 time.sleep(0.01)
     pytest.fail("the slot of a cancelled stream was not freed")
+
+
+def test_a_server_that_says_where_it_listens_has_looked_at_its_lake(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(lake, hour(0), lake_events(hour(0), 10))
+    looked, look = [], lake.snapshot
+    monkeypatch.setattr(lake, "snapshot", lambda: looked.append(look()) or looked[-1])
+    with serve(Settings(arrow_flight_bind="127.0.0.1:0"), lake=lake):
+        assert [snapshot.version for snapshot in looked] == [lake.snapshot().version]
+
+
+def test_a_lake_that_does_not_answer_keeps_no_server_from_listening(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(lake, hour(0), lake_events(hour(0), 10))
+    answered, look = threading.Event(), lake.snapshot
+
+    def slow() -> Snapshot:
+        assert answered.wait(60)
+        return look()
+
+    monkeypatch.setattr(lake, "snapshot", slow)
+    monkeypatch.setattr(service, "_LOOK_AHEAD_SECONDS", 0.05)
+    with serve(Settings(arrow_flight_bind="127.0.0.1:0", start=MIDNIGHT), lake=lake) as server, connect(server.url) as client:
+        answered.set()
+        assert client.read(EVERYTHING).num_rows == 10
