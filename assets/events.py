@@ -22,7 +22,7 @@ from pydantic import Field
 
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import ChangeLog
-from fraiseql_pipeline.errors import LakeError, PipelineError, ValidationHalted
+from fraiseql_pipeline.errors import PipelineError, ValidationHalted
 from fraiseql_pipeline.event import COLUMNS, EXTRACTED
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.pipeline import Materialization
@@ -163,8 +163,8 @@ def publish(
 
     try:
         pipeline.merge_late(list(standing), on_window=merged, **run)
-    except (ValidationHalted, LakeError) as error:
-        if error.retryable:
+    except PipelineError as error:
+        if not error.of_one_window:
             raise
         refusal = error  # of some windows, which keep no other one waiting
         told.update(Window.parse(key) for key, _ in error.refused)

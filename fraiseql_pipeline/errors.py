@@ -11,6 +11,7 @@ statuses are made in ``flight/``, Dagster failures in ``assets/``; those two edg
     ├── SourceError                   3          no     Postgres
     │   ├── SourceUnavailable         3          yes    unreachable, or a read broke off
     │   ├── SourceRefused             3          no     the change log cannot be read safely (preflight)
+    │   │   └── EventsUnreadable          3          no     … some of its events: damaged, or too many that cannot be sent
     │   └── SettleTimeout             3          yes    writers are still open; carries the blockers
     ├── ValidationHalted              4          no     too many rejected rows, or the columns drifted
     ├── LakeError                     5          no     Delta
@@ -47,6 +48,11 @@ class PipelineError(Exception):
     retryable: ClassVar[bool] = False
     refused: tuple[tuple[str, PipelineError], ...] = ()
 
+    @property
+    def of_one_window(self) -> bool:
+        """Whether other windows may do although the one that was worked on did not, now or later."""
+        return False
+
 
 class SettingsError(PipelineError):
     exit_code = 2
@@ -76,6 +82,12 @@ class SourceRefused(SourceError):
     pass
 
 
+class EventsUnreadable(SourceRefused):
+    @property
+    def of_one_window(self) -> bool:
+        return True
+
+
 class SettleTimeout(SourceError):
     """``blockers``: one sentence per session that still holds the change log, to be shown to the user."""
 
@@ -95,9 +107,17 @@ class ValidationHalted(PipelineError):
         super().__init__(message)
         self.window = window
 
+    @property
+    def of_one_window(self) -> bool:
+        return self.window is not None
+
 
 class LakeError(PipelineError):
     exit_code = 5
+
+    @property
+    def of_one_window(self) -> bool:
+        return not self.retryable
 
 
 class LakeUnavailable(LakeError):

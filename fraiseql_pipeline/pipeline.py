@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from fraiseql_pipeline import memory
 from fraiseql_pipeline.changelog import Audit, ChangeLog, Settlement
-from fraiseql_pipeline.errors import LakeError, PipelineError, SourceRefused, ValidationHalted, WindowError
+from fraiseql_pipeline.errors import PipelineError, SourceRefused, WindowError
 from fraiseql_pipeline.lake import Commit, Facts, Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.validate import Validation, Validator, check_share
@@ -90,8 +90,8 @@ def materialize(
 
     Raises ``WindowError`` for a window that has not ended, lies before FRAISEQL_START where that is set, or is of another size than the
     lake's (unless ``other_size``), ``SourceRefused`` for a change log that is not the one the lake was published from (unless ``force``),
-    ``SettleTimeout`` when writers stay open (nothing is published then), and whatever the source fails with. What validation or the lake
-    refuse of one window is raised when all others are published: the error of the oldest one, naming every one; see
+    ``SettleTimeout`` when writers stay open (nothing is published then), and whatever the source fails with. What validation, the
+    lake or the source refuse of one window is raised when all others are published: the error of the oldest one, naming every one; see
     ``PipelineError.refused``.
     """
     ordered = sorted(set(windows))
@@ -320,8 +320,8 @@ def _each(
     def attempt(window: Window) -> Materialization | None:
         try:
             done = one(window)
-        except (ValidationHalted, LakeError) as error:
-            if error.retryable or (isinstance(error, ValidationHalted) and error.window is None):
+        except PipelineError as error:
+            if not error.of_one_window:
                 raise
             refused[window] = error
             return None

@@ -27,7 +27,7 @@ from psycopg import errors as pg
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
 
-from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
+from fraiseql_pipeline.errors import EventsUnreadable, SettingsError, SourceError, SourceRefused, SourceUnavailable
 
 TABLE = "core.tb_entity_change_log"
 
@@ -220,6 +220,10 @@ def explain_sqlstate(code: str) -> SourceError:
     if code == pg.InsufficientPrivilege.sqlstate:
         return SourceRefused(
             f"The role may not read {TABLE} in full (42501); grant it USAGE on schema core, SELECT on the table and BYPASSRLS."
+        )
+    if code in {pg.DataCorrupted.sqlstate, pg.IndexCorrupted.sqlstate}:
+        return EventsUnreadable(
+            f"Postgres finds {TABLE} or an index of it damaged (SQLSTATE {code}); the server's log says where. Restore it from a backup, or REINDEX."
         )
     # 08 connection, 25P03 and 25P04 a session or transaction ended for its age, 40 rollback (recovery conflict), 53 resources,
     # 57P operator intervention, 58 system errors

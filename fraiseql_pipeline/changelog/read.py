@@ -37,7 +37,7 @@ from fraiseql_pipeline.changelog.projection import Part, Statements
 from fraiseql_pipeline.changelog.reader import Reader, Stopped
 from fraiseql_pipeline.changelog.session import FAILURES, Server, Session, discard, explained, key
 from fraiseql_pipeline.changelog.split import split
-from fraiseql_pipeline.errors import SourceError, SourceRefused, SourceUnavailable
+from fraiseql_pipeline.errors import EventsUnreadable, SourceError, SourceUnavailable
 from fraiseql_pipeline.event import in_order
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window
@@ -76,7 +76,7 @@ class Readers:
         Reading starts at once and runs ahead of the iterator, which hands out no empty batch. Leaving the block ends it, also for a thread
         that waits for a batch. An event that
         Postgres cannot send comes without its JSON and with ``raw`` set. Raises ``SourceUnavailable`` when the stream breaks or stalls, ``SourceRefused``
-        when Postgres will not let it be read.
+        when Postgres will not let it be read, ``EventsUnreadable`` when it cannot read some of it itself.
         """
         whole = Part(*window.micros, settled_pk, after_pk)
         started = time.monotonic()
@@ -187,7 +187,7 @@ class Reading:
             raise StopIteration
         at, pk = batch["timestamp"], batch["pk"]
         if at.null_count or not in_order(at, pk) or (self._last_key is not None and key(batch, 0) <= self._last_key):
-            raise SourceRefused(
+            raise EventsUnreadable(
                 "Postgres returned events out of the order (created_at, pk); an index of the change log may be damaged, check it with amcheck."
             )
         self._last_key = key(batch, -1)
@@ -278,7 +278,9 @@ class Reading:
         with self._changed:
             self._unreadable += 1
             if self._unreadable > MAX_UNREADABLE:
-                raise SourceRefused(f"Postgres could not send {MAX_UNREADABLE} events of one window ({why}); see the server's log.")
+                raise EventsUnreadable(
+                    f"Postgres could not send {MAX_UNREADABLE} events of one window ({why}); see the server's log."
+                )
 
     def wait_for_others(self) -> None:
         """Until every part is read: the snapshot lives as long as the transaction that exported it."""

@@ -43,8 +43,8 @@ _IN_ORDER = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_sort":
 _ALWAYS = {"max_parallel_workers_per_gather": "0", "work_mem": "32MB", "jit": "off"}
 
 #: SQLSTATE of "one output row is larger than the server can build" (54000), or it ran out of memory or failed while building it; of a text
-#: that has no form in UTF-8 (22P05), or is none in the encoding of the database (22021).
-_OF_A_ROW = frozenset({"54000", "53200", "XX000", "22P05", "22021"})
+#: that has no form in UTF-8 (22P05), or is none in the encoding of the database (22021); of a value whose pieces are lost or damaged (XX001).
+_OF_A_ROW = frozenset({"54000", "53200", "XX000", "XX001", "22P05", "22021"})
 #: ADBC's words for a value that it cannot decode.
 _UNDECODABLE = "ReadRecord failed"
 

@@ -17,6 +17,7 @@ import pytest
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import ChangeLog, embedded, open_changelog, source
 from fraiseql_pipeline.errors import (
+    EventsUnreadable,
     LakeError,
     LakeUnavailable,
     SourceRefused,
@@ -321,6 +322,22 @@ def test_windows_that_are_refused_keep_no_other_waiting_and_are_all_named(shop: 
     ]
     assert sorted(told) == [window for window in windows if window not in {halted, shrinks}]
     assert list(shop.lake.published()) == [window for window in windows if window != halted]
+
+
+def test_a_window_whose_events_cannot_be_read_keeps_no_other_waiting(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [Window(shop.window.start - n * HOUR, WindowSize.HOUR) for n in (2, 1, 0)]
+    whole = ChangeLog.read
+
+    def read(self: ChangeLog, window: Window, *arguments: Any, **options: Any) -> Any:
+        if window == windows[1]:
+            raise EventsUnreadable("a page is damaged")
+        return whole(self, window, *arguments, **options)
+
+    monkeypatch.setattr(ChangeLog, "read", read)
+    with pytest.raises(EventsUnreadable, match="a page is damaged") as found:
+        shop.materialize(*windows)
+    assert [key for key, _ in found.value.refused] == [windows[1].key]
+    assert list(shop.lake.published()) == [windows[0], windows[2]]
 
 
 def test_what_concerns_every_window_ends_the_run_at_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from fraiseql_pipeline.changelog import embedded, open_changelog, projection, re
 from fraiseql_pipeline.changelog import read as read_module
 from fraiseql_pipeline.changelog.connection import sql
 from fraiseql_pipeline.changelog.session import Session
+from fraiseql_pipeline.errors import EventsUnreadable
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.support.reading import WINDOW, execute, expected_keys, fill, insert, keys, read
@@ -115,18 +116,42 @@ def test_a_long_text_beside_the_json_is_left_out_with_it(changelog_url: str, mon
     assert not {"schema_version", "change_status"} & told["stored_bytes"].keys()
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], bool]) -> None:
-    """Statements over events for which ``fails`` holds end as if the server had run out of memory."""
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], bool], sqlstate: str = "53200") -> None:
+    """Statements over events for which ``fails`` holds end as if the server had run out of memory, or for another reason."""
     stream = Session.stream
 
-    def short_of_memory(self: Session, query: str, batch_bytes: int) -> Iterator[pa.RecordBatch]:
+    def failed(self: Session, query: str, batch_bytes: int) -> Iterator[pa.RecordBatch]:
         if fails(query):
             raise adbc_driver_manager.OperationalError(
-                "out of memory", status_code=adbc_driver_manager.AdbcStatusCode.IO, sqlstate="53200"
+                "what the server says", status_code=adbc_driver_manager.AdbcStatusCode.IO, sqlstate=sqlstate
             )
         yield from stream(self, query, batch_bytes)
 
-    monkeypatch.setattr(Session, "stream", short_of_memory)
+    monkeypatch.setattr(Session, "stream", failed)
+
+
+def test_a_value_whose_pieces_are_lost_costs_its_row_alone(changelog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(changelog_url, 1, START)
+    failing(monkeypatch, lambda query: "'unreadable'" not in query and ") > (" not in query, "XX001")
+    (event,) = read(changelog_url).to_pylist()
+    assert (event["data"], json.loads(event["raw"])["unreadable"]["why"]) == (None, "XX001")
+
+
+def test_a_page_that_postgres_cannot_read_refuses_what_is_read(changelog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(changelog_url, 1, START)
+    failing(monkeypatch, lambda query: "ORDER BY" in query, "XX001")
+    with pytest.raises(EventsUnreadable, match=r"finds core\.tb_entity_change_log or an index of it damaged \(SQLSTATE XX001\)"):
+        read(changelog_url)
+
+
+def test_more_events_that_cannot_be_sent_than_may_be_refuse_what_is_read(
+    changelog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_module, "MAX_UNREADABLE", 0)
+    fill(changelog_url, 1, START)
+    failing(monkeypatch, lambda query: "'unreadable'" not in query)
+    with pytest.raises(EventsUnreadable, match="could not send 0 events of one window"):
+        read(changelog_url)
 
 
 def test_every_event_behind_an_error_arrives_however_many_batches_its_neighbours_make(
