@@ -57,9 +57,8 @@ MISSED = {
     "server, the driver, validation and Parquet, and the driver costs most after the server ([0002](decisions/0002-adbc-reads.md)).",
     "events/s of one warm stream in compact+zstd": "One stream is bound by its reader, who decompresses, and events per second follow the machine. "
     "The budget was set on events of the width of `typical`; `wide` has more bytes to decompress per event.",
-    "first batch in ms, cold, slowest of all encodings": "The slowest is the first batch that a new server sends at all: it opens the table, "
-    "sorts its files and windows, and runs much of its code for the first time. On a server that has sent anything, a cold first batch of "
-    "any encoding keeps the budget.",
+    "first batch in ms, cold, slowest of all encodings": "The slowest is the first batch that a new server sends at all, which runs much "
+    "of its code for the first time. On a server that has sent anything, a cold first batch of any encoding keeps the budget.",
     "bytes per event, event JSON / compact+zstd": "Most of a `wide` event is its nested document, which is sent as JSON text, so only zstd makes it "
     "smaller. The budget was set on events of the width of `typical`.",
 }
