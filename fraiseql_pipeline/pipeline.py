@@ -323,7 +323,7 @@ def _each(
         except PipelineError as error:
             if not error.of_one_window:
                 raise
-            refused[window] = error
+            refused[window] = _naming(error, window)
             return None
         if on_window is not None:
             on_window(done)
@@ -337,6 +337,13 @@ def _each(
     if refused:
         raise _refusal(refused, len(windows)) from min(refused.items())[1]
     return [each for each in done if each is not None]
+
+
+def _naming(error: PipelineError, window: Window) -> PipelineError:
+    """The error, whose sentence names the window: the source's does not know it."""
+    if window.key not in str(error):
+        error.args = (f"Window {window.key}: {error}",)
+    return error
 
 
 def _keyed(refused: Mapping[Window, PipelineError]) -> tuple[tuple[str, PipelineError], ...]:

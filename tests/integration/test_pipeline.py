@@ -334,7 +334,7 @@ def test_a_window_whose_events_cannot_be_read_keeps_no_other_waiting(shop: Shop,
         return whole(self, window, *arguments, **options)
 
     monkeypatch.setattr(ChangeLog, "read", read)
-    with pytest.raises(EventsUnreadable, match="a page is damaged") as found:
+    with pytest.raises(EventsUnreadable, match=rf"^Window {windows[1].key}: a page is damaged$") as found:
         shop.materialize(*windows)
     assert [key for key, _ in found.value.refused] == [windows[1].key]
     assert list(shop.lake.published()) == [windows[0], windows[2]]
