@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -35,7 +35,7 @@ from fraiseql_pipeline.flight.segment import Filter, Types
 from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import File, Snapshot
 from fraiseql_pipeline.ticket import Ticket
-from fraiseql_pipeline.window import WindowSize, from_micros, tile, to_micros
+from fraiseql_pipeline.window import Gap, WindowSize, count_missing, from_micros, tile_gaps, to_micros
 
 #: How many missing windows a message names.
 _NAMED = 3
@@ -243,7 +243,7 @@ def plan(
     if first is not None:
         # What a live view has begins where there is an event.
         begin = to_micros(first) if view.live is None else max(begin, to_micros(first))
-    gaps = view.gaps(max(start, begin), end)
+    gaps = [(from_micros(low), from_micros(high)) for low, high in view.gaps(max(start, begin), end)]
     if gaps and not ticket.allow_missing:
         raise _missing(gaps, size)
     low, high = view.covered(start, end)
@@ -269,7 +269,7 @@ def plan(
         complete_through=min(view.extent[1], ticket.end),
         settled_pk=None if partial else _settled(view, low, high, ticket.after_pk or 0),
         provisional_windows=view.provisional[high] - view.provisional[low] if high > low else 0,
-        missing_windows=sum(_count(gap, size) for gap in gaps),
+        missing_windows=count_missing(gaps, size),
         org_id=org_id,
         followed=followed,
     )
@@ -292,18 +292,9 @@ def _has_times(ticket: Ticket) -> bool:
     return "timestamp" in (ticket.columns or ("timestamp",))
 
 
-_Gap = tuple[int, int]
-
-
-def _count(gap: _Gap, size: WindowSize) -> int:
-    step = size.micros
-    return -((gap[0] // step * step - gap[1]) // step)
-
-
-def _missing(gaps: list[_Gap], size: WindowSize) -> WindowMissing:
-    count = sum(_count(gap, size) for gap in gaps)
-    ranges = ((from_micros(low), from_micros(high)) for low, high in gaps)
-    keys = [window.key for window in islice((window for gap in ranges for window in tile(*gap, size)), 1000)]
+def _missing(gaps: Sequence[Gap], size: WindowSize) -> WindowMissing:
+    count = count_missing(gaps, size)
+    keys = [window.key for window in islice(tile_gaps(gaps, size), 1000)]
     named = ", ".join(keys[:_NAMED])
     more = f" and {count - _NAMED} more" if count > _NAMED else ""
     return WindowMissing(
