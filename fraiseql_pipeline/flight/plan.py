@@ -29,8 +29,8 @@ from itertools import islice, pairwise
 
 import pyarrow as pa
 
-from fraiseql_pipeline.encoding import Encoding, stream_schema, to_wire, wire_schema
-from fraiseql_pipeline.errors import LakeDamaged, TicketError, WindowMissing
+from fraiseql_pipeline.encoding import Encoding, beyond_nanoseconds, stream_schema, to_wire, wire_schema
+from fraiseql_pipeline.errors import LakeDamaged, WindowMissing
 from fraiseql_pipeline.flight.segment import Filter, Types
 from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import File, Snapshot
@@ -216,6 +216,10 @@ class Plan:
                 yield to_wire(wanted, self.schema)
             if rows == self.ticket.limit:
                 break
+        self.check_rows(rows)
+
+    def check_rows(self, rows: int) -> None:
+        """Raises ``LakeDamaged`` when the lake gave other rows than the commits of the windows count."""
         if self.rows not in {None, rows}:
             raise LakeDamaged(
                 f"The lake gave {rows} events where the commits of the asked windows count {self.rows}; run fraiseql-pipeline fsck."
@@ -307,7 +311,4 @@ def _missing(gaps: Sequence[Gap], size: WindowSize) -> WindowMissing:
 def _check_nanoseconds(view: View, start: int, end: int) -> None:
     for window, low, high in view.far:
         if low < end and high > start:
-            raise TicketError(
-                f"Window {window.key} lies outside 1677-09-22 to 2262-04-11, the times that nanoseconds can hold; "
-                "ask for a range inside, or for columns without timestamp."
-            )
+            raise beyond_nanoseconds(f"Window {window.key}")
