@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from fraiseql_pipeline.changelog import ChangeLog, embedded
+from fraiseql_pipeline.changelog import ChangeLog, embedded, settle
 from fraiseql_pipeline.changelog.settle import _earliest
 from fraiseql_pipeline.errors import SettleTimeout, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.settings import Settings
@@ -288,6 +288,15 @@ def test_a_window_that_has_just_ended_is_sealed_when_its_margin_has_passed(
     end = _now(session())
     with _open(changelog_url, clock_margin_seconds=0.3, seal_timeout_seconds=20) as changelog:
         assert changelog.settle(end).sealed_until >= end
+
+
+def test_a_window_whose_margin_has_not_passed_at_the_last_look_is_provisional(
+    changelog_url: str, session: Callable[..., _Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = _now(session())
+    monkeypatch.setattr(settle, "_looks", lambda *_: iter([False, True]))
+    with _open(changelog_url, clock_margin_seconds=20, seal_timeout_seconds=20) as changelog:
+        assert changelog.settle(end).sealed_until < end
 
 
 @pytest.mark.parametrize("busy", [True, False])

@@ -171,6 +171,7 @@ def test_a_ticket_for_too_many_days_is_refused(lake: Lake, start_server: Callabl
         with pytest.raises(TicketError, match="not cover more than 1 days"):
             client.read(start="2000-01-01", end="2030-01-01", allow_missing=True)
         assert client.read(start="2026-11-03", end="2030-01-01").num_rows == 1
+        assert client.read(start="2026-11-02T01:00:00", end="2030-01-01", allow_missing=True).num_rows == 1, "a day, to the hour"
 
 
 def test_clients_nobody_knows_cannot_hold_all_threads(
