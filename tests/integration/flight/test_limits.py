@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import psutil
@@ -22,7 +23,7 @@ from fraiseql_pipeline.flight import stream as stream_module
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import Client, connect
 from fraiseql_pipeline.flight.edge import Call
-from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running
+from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running, Slots
 from fraiseql_pipeline.flight.presence import ClientGone
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
@@ -106,6 +107,21 @@ def test_only_time_spent_waiting_for_the_reader_counts() -> None:
     running.sent_bytes += 50
     assert running.verdict(922.0, 10, 100) == "stalled", "50 in the 11 s since are not"
     assert running.verdict(1001.0, 10, 100) == "lifetime"
+
+
+def test_a_call_that_was_cut_and_has_not_ended_is_not_cut_again() -> None:
+    context, told = Mock(), list[str]()
+    slots = Slots(Settings(arrow_flight_max_stream_seconds=0.02), told.append)
+    try:
+        with slots.probe(context) as first:
+            first.lifetime_seconds = 0.0
+            eventually(lambda: first.cut is not None)
+            with slots.probe(context) as second:
+                second.lifetime_seconds = 0.0
+                eventually(lambda: len(told) >= 2 and second.cut is not None)
+        assert told == ["lifetime", "lifetime"]
+    finally:
+        slots.close()
 
 
 def test_requests_that_end_because_their_call_was_cut_are_not_their_end() -> None:
