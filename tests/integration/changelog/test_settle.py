@@ -323,6 +323,16 @@ def test_between_two_transactions_of_one_message_the_message_counts(now: datetim
     assert _earliest({**session, "state": "disabled", "query_start": None}, set(), now) is None
 
 
+def test_a_transaction_that_was_open_at_the_first_look_and_shows_no_start_is_unknown(now: datetime) -> None:
+    session = {"state": "active", "vxid": "3/7", "xact_start": None, "query_start": now}
+    assert _earliest(session, {"3/7"}, now) is None
+    assert _earliest(session, set(), now) == now, "it began after the first look"
+
+
+def test_a_wait_that_is_given_up_ends_at_its_next_look() -> None:
+    assert next(settle._looks(600, given_up=lambda: True)), "the last look"
+
+
 def test_an_open_transaction_that_hides_its_start_is_unknown_and_never_sealed_over(
     changelog_url: str, session: Callable[..., _Session]
 ) -> None:
