@@ -193,10 +193,15 @@ def _converted(array: pa.Array, field: pa.Field) -> pa.Array:
     try:
         return pc.cast(array, field.type)
     except pa.ArrowInvalid:
-        raise TicketError(
-            "An event lies outside 1677-09-22 to 2262-04-11, the times that nanoseconds can hold; ask for a range inside, or for columns "
-            "without timestamp."
-        ) from None
+        raise beyond_nanoseconds("An event") from None
+
+
+def beyond_nanoseconds(what: str) -> TicketError:
+    """The error of who asks for times that the wire cannot hold."""
+    return TicketError(
+        f"{what} lies outside 1677-09-22 to 2262-04-11, the times that nanoseconds can hold; ask for a range inside, or for columns "
+        "without timestamp."
+    )
 
 
 def _unfit(column: str, why: str) -> LakeDamaged:

@@ -1,6 +1,6 @@
 """Windows: half-open UTC intervals [start, end) with a key, instants as numbers, and the time expressions people write.
 
-What lives here: ``Window``, tiling a range into windows, microseconds since 1970 (the unit of files, frames and statements), and ``parse_time``
+What lives here: ``Window``, tiling a range into windows and what is missing of it, microseconds since 1970 (the unit of files, frames and statements), and ``parse_time``
 ("now-1h", ISO 8601). What must not: a clock. ``now``
 is always an argument, so that one request resolves it once and every test can choose it.
 
@@ -13,7 +13,7 @@ Invariants
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -111,6 +111,30 @@ def tile(start: datetime, end: datetime, size: WindowSize) -> Iterator[Window]:
         window = Window(at, size)
         yield window
         at = window.end
+
+
+Gap = tuple[datetime, datetime]
+"""[start, end) that no published window covers. Gaps come in order, and do not overlap."""
+
+
+def tile_gaps(gaps: Iterable[Gap], size: WindowSize) -> Iterator[Window]:
+    """The windows that are missing, oldest first; one that two gaps touch once."""
+    last = None
+    for gap in gaps:
+        for window in tile(*gap, size):
+            if window != last:
+                yield window
+            last = window
+
+
+def count_missing(gaps: Iterable[Gap], size: WindowSize) -> int:
+    """How many windows ``tile_gaps`` gives, at the cost of none."""
+    step, count, counted = size.micros, 0, 0
+    for low, high in gaps:
+        first, behind = to_micros(low) // step, -(-to_micros(high) // step)
+        count += behind - (max(first, counted) if count else first)
+        counted = behind
+    return count
 
 
 def as_utc(at: datetime) -> datetime:

@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psycopg
@@ -80,7 +80,7 @@ def _latencies(running: Server, connection: psycopg.Connection[Any], database_ur
     """Milliseconds of each commit, rising."""
     committed: dict[int, float] = {}
     arrived: dict[int, float] = {}
-    with _following(running, arrived), _writing(database_url) if busy else _nothing():
+    with _following(running, arrived), _writing(database_url) if busy else nullcontext():
         for _ in range(_COMMITS):
             (pk,) = connection.execute(_INSERT, [1]).fetchone() or (0,)
             committed[pk] = time.perf_counter()
@@ -132,11 +132,6 @@ def _writing(database_url: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _until_followed(running: Server) -> None:

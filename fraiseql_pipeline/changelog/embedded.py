@@ -81,10 +81,10 @@ def start(data: Path = DATA, configuration: Mapping[str, str] | None = None) -> 
                 server.stop()
 
 
-def exists(data: Path = DATA) -> bool:
-    """Whether a server was ever started on a data directory, which says nothing of what it holds."""
+def exists() -> bool:
+    """Whether a server was ever started on the data directory, which says nothing of what it holds."""
     with suppress(PermissionError):  # of another user
-        return (data / "PG_VERSION").exists()
+        return (DATA / "PG_VERSION").exists()
     return False
 
 

@@ -55,7 +55,6 @@ class Tail:
         self._given_up = given_up
         self._statements = Statements(contract)
         self.identity = contract.identity
-        self.unreadable_rows = 0
         with translated():
             if is_direct(connection):
                 connection.execute(f"LISTEN {CHANNEL}")
@@ -77,7 +76,7 @@ class Tail:
     def read(self, after_pk: int, upto_pk: int) -> Iterator[pa.RecordBatch]:
         """The settled events with ``after_pk < pk <= upto_pk`` as batches of ``BATCH_SCHEMA``, none empty, in the order of pk.
 
-        An event that Postgres cannot send is left out and counted in ``unreadable_rows``: its window's materialization quarantines it.
+        An event that Postgres cannot send is left out: its window's materialization quarantines it.
         Raises ``SourceUnavailable`` and ``SourceRefused``.
         """
         ranges = [(after_pk, upto_pk)]
@@ -90,11 +89,9 @@ class Tail:
             except FAILURES as error:
                 if row_fault(error) is None:
                     raise explained(error) from None
-                if upto - after <= 1:
-                    self.unreadable_rows += 1
-                    continue
-                middle = (after + upto) // 2
-                ranges += [(middle, upto), (after, middle)]
+                if upto - after > 1:
+                    middle = (after + upto) // 2
+                    ranges += [(middle, upto), (after, middle)]
 
     def _stream(self, after_pk: int, upto_pk: int) -> Iterator[pa.RecordBatch]:
         session: Session | None = self._readers.open()

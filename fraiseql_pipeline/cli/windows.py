@@ -17,7 +17,7 @@ from fraiseql_pipeline.errors import LakeEmpty, PipelineError, WindowError
 from fraiseql_pipeline.lake import Commit, Lake, Standing
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import Window, WindowSize, parse_time, tile
+from fraiseql_pipeline.window import Window, parse_time, tile, tile_gaps
 
 #: Of one run: more than a year of hours. A slip of the pen would fill the lake with empty windows, and no command takes them back.
 _MOST_WINDOWS = 10_000
@@ -144,7 +144,7 @@ def status(output: Output) -> None:
     published = lake.published()
     windows = sorted(published)
     standing = Standing.of(published, settings.first_window)
-    listed = list(islice(_holes(standing.gaps, settings.window), _LISTED_HOLES + 1))
+    listed = list(islice(tile_gaps(standing.gaps, settings.window), _LISTED_HOLES + 1))
     holes, more = listed[:_LISTED_HOLES], len(listed) > _LISTED_HOLES
     rows = {
         "lake": settings.lake_uri,
@@ -173,16 +173,6 @@ def status(output: Output) -> None:
     output.table(
         "Lake", ("what", "value"), [(name.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for name, v in shown.items()]
     )
-
-
-def _holes(gaps: Sequence[tuple[datetime, datetime]], size: WindowSize) -> Iterator[Window]:
-    """The windows that are missing, oldest first; one that two gaps touch once."""
-    last = None
-    for gap in gaps:
-        for hole in tile(*gap, size):
-            if hole != last:
-                yield hole
-            last = hole
 
 
 def _published(lake: Lake, start: str | None, end: str | None) -> dict[Window, Commit]:

@@ -138,13 +138,13 @@ class Edge:
         self._metrics = metrics
         self._audit = audit
 
-    def one(self, name: str, method: Callable[[bytes, Call], bytes], scope: str = READ) -> Any:
+    def one(self, name: str, method: Callable[[bytes, Call], bytes]) -> Any:
         """An RPC with one answer, which may take a while: the lake and the database are asked for it."""
 
         def answer(request: bytes, call: Call) -> Iterator[bytes]:
             yield method(request, call)
 
-        return self._handler(name, _of_one_request(answer), scope, "plan")
+        return self._handler(name, _of_one_request(answer), READ, "plan")
 
     def many(self, name: str, method: Callable[[bytes, Call], Iterator[bytes]], scope: str = READ, use: Use = "short") -> Any:
         """An RPC with a stream of answers. ``use``: whether it is one of the streams that ``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS`` counts."""

@@ -36,7 +36,7 @@ from fraiseql_pipeline.flight.frames import Figures
 from fraiseql_pipeline.lake import Commit, Lake, Standing
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.version import package_version
-from fraiseql_pipeline.window import Window
+from fraiseql_pipeline.window import Window, count_missing
 
 _log = logging.getLogger(__name__)
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -192,7 +192,7 @@ class LakeState:
         stands = Standing.of(published, self._settings.first_window)
         shown["windows"].add_metric(("sealed",), stands.windows - stands.provisional)
         shown["windows"].add_metric(("provisional",), stands.provisional)
-        shown["holes"].add_metric((), stands.holes(self._settings.window))
+        shown["holes"].add_metric((), count_missing(stands.gaps, self._settings.window))
         for name, at in (("watermark", stands.through), ("complete_through", stands.complete_through)):
             if at is not None:
                 shown[f"{name}_timestamp_seconds"].add_metric((), at.timestamp())

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,13 +29,13 @@ from itertools import islice, pairwise
 
 import pyarrow as pa
 
-from fraiseql_pipeline.encoding import Encoding, stream_schema, to_wire, wire_schema
-from fraiseql_pipeline.errors import LakeDamaged, TicketError, WindowMissing
+from fraiseql_pipeline.encoding import Encoding, beyond_nanoseconds, stream_schema, to_wire, wire_schema
+from fraiseql_pipeline.errors import LakeDamaged, WindowMissing
 from fraiseql_pipeline.flight.segment import Filter, Types
 from fraiseql_pipeline.flight.view import View
 from fraiseql_pipeline.lake import File, Snapshot
 from fraiseql_pipeline.ticket import Ticket
-from fraiseql_pipeline.window import WindowSize, from_micros, tile, to_micros
+from fraiseql_pipeline.window import Gap, WindowSize, count_missing, from_micros, tile_gaps, to_micros
 
 #: How many missing windows a message names.
 _NAMED = 3
@@ -216,6 +216,10 @@ class Plan:
                 yield to_wire(wanted, self.schema)
             if rows == self.ticket.limit:
                 break
+        self.check_rows(rows)
+
+    def check_rows(self, rows: int) -> None:
+        """Raises ``LakeDamaged`` when the lake gave other rows than the commits of the windows count."""
         if self.rows not in {None, rows}:
             raise LakeDamaged(
                 f"The lake gave {rows} events where the commits of the asked windows count {self.rows}; run fraiseql-pipeline fsck."
@@ -243,7 +247,7 @@ def plan(
     if first is not None:
         # What a live view has begins where there is an event.
         begin = to_micros(first) if view.live is None else max(begin, to_micros(first))
-    gaps = view.gaps(max(start, begin), end)
+    gaps = [(from_micros(low), from_micros(high)) for low, high in view.gaps(max(start, begin), end)]
     if gaps and not ticket.allow_missing:
         raise _missing(gaps, size)
     low, high = view.covered(start, end)
@@ -269,7 +273,7 @@ def plan(
         complete_through=min(view.extent[1], ticket.end),
         settled_pk=None if partial else _settled(view, low, high, ticket.after_pk or 0),
         provisional_windows=view.provisional[high] - view.provisional[low] if high > low else 0,
-        missing_windows=sum(_count(gap, size) for gap in gaps),
+        missing_windows=count_missing(gaps, size),
         org_id=org_id,
         followed=followed,
     )
@@ -292,18 +296,9 @@ def _has_times(ticket: Ticket) -> bool:
     return "timestamp" in (ticket.columns or ("timestamp",))
 
 
-_Gap = tuple[int, int]
-
-
-def _count(gap: _Gap, size: WindowSize) -> int:
-    step = size.micros
-    return -((gap[0] // step * step - gap[1]) // step)
-
-
-def _missing(gaps: list[_Gap], size: WindowSize) -> WindowMissing:
-    count = sum(_count(gap, size) for gap in gaps)
-    ranges = ((from_micros(low), from_micros(high)) for low, high in gaps)
-    keys = [window.key for window in islice((window for gap in ranges for window in tile(*gap, size)), 1000)]
+def _missing(gaps: Sequence[Gap], size: WindowSize) -> WindowMissing:
+    count = count_missing(gaps, size)
+    keys = [window.key for window in islice(tile_gaps(gaps, size), 1000)]
     named = ", ".join(keys[:_NAMED])
     more = f" and {count - _NAMED} more" if count > _NAMED else ""
     return WindowMissing(
@@ -316,7 +311,4 @@ def _missing(gaps: list[_Gap], size: WindowSize) -> WindowMissing:
 def _check_nanoseconds(view: View, start: int, end: int) -> None:
     for window, low, high in view.far:
         if low < end and high > start:
-            raise TicketError(
-                f"Window {window.key} lies outside 1677-09-22 to 2262-04-11, the times that nanoseconds can hold; "
-                "ask for a range inside, or for columns without timestamp."
-            )
+            raise beyond_nanoseconds(f"Window {window.key}")

@@ -117,15 +117,20 @@ def serve(settings: Settings, *, lake: Lake | None = None, insecure: bool = Fals
         threads.shutdown(wait=False)
         service.close()
         audit.close()
-        raise SettingsError(
-            f"The Flight server cannot listen on {address!r}: another process holds the port, or the address is not this machine's; "
-            "choose another FRAISEQL_ARROW_FLIGHT_BIND."
-        ) from None
+        raise cannot_listen(address) from None
     server.start()
     service.start()
     _log.info("Flight server listens on %s, port %d", host, port)
     url = f"{'grpc' if credentials is None else 'grpc+tls'}://{host}:{port}"
     return FlightServer(server, threads, service, slots, audit, metrics, chosen, log, url, settings.arrow_flight_drain_seconds)
+
+
+def cannot_listen(address: str) -> SettingsError:
+    """The error of a server whose port cannot be had."""
+    return SettingsError(
+        f"The Flight server cannot listen on {address!r}: another process holds the port, or the address is not this machine's; "
+        "choose another FRAISEQL_ARROW_FLIGHT_BIND."
+    )
 
 
 def check_address(settings: Settings, *, insecure: bool) -> str:

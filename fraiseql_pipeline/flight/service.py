@@ -59,16 +59,11 @@ _BEGINNING = datetime.min.replace(tzinfo=UTC)
 _FOR_EVER = datetime.max.replace(tzinfo=UTC)
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
 class FlightService:
-    """Answers Flight requests over one lake. ``clock`` gives the ``now`` of tickets."""
+    """Answers Flight requests over one lake."""
 
-    def __init__(self, settings: Settings, lake: Lake, clock: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(self, settings: Settings, lake: Lake) -> None:
         self._settings = settings
-        self._clock = clock
         self._views = Views(lake)
         directory = settings.arrow_flight_cache_dir
         self.store = FrameStore(settings.arrow_flight_cache_bytes, None if directory is None else Path(directory))
@@ -220,7 +215,7 @@ class FlightService:
         )
 
     def _endpoint(self, ticket: Ticket, call: Call) -> Any:
-        signed, until = self._signer.sign(ticket, call.caller.name, self._clock())
+        signed, until = self._signer.sign(ticket, call.caller.name, datetime.now(UTC))
         others = self._settings.locations
         endpoint = protocol.FlightEndpoint(
             ticket=protocol.Ticket(ticket=signed),
@@ -280,7 +275,7 @@ class FlightService:
         return self._chosen(Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless), call)
 
     def _ticket(self, data: bytes, call: Call, *, partial: bool = False) -> Ticket:
-        now = self._clock()
+        now = datetime.now(UTC)
         ticket = self._chosen(Ticket.parse(self._signer.opened(data, call.caller.name, now), now, partial=partial), call)
         if ticket.follow:
             self._check_follow(ticket, now)

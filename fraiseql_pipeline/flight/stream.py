@@ -34,7 +34,6 @@ from fraiseql_pipeline.encoding import (
     to_wire,
     without_dictionaries,
 )
-from fraiseql_pipeline.errors import LakeDamaged
 from fraiseql_pipeline.flight.frames import Entry, FrameStore, Item, Message
 from fraiseql_pipeline.flight.plan import Plan
 from fraiseql_pipeline.flight.presence import Presence
@@ -88,10 +87,7 @@ class FrameStreams:
         """
         yield schema_frame(plan.stream_schema)
         yield from self.frames(plan, Sender(plan, max_rows, sent))
-        if plan.rows not in {None, sent.rows}:
-            raise LakeDamaged(
-                f"The lake gave {sent.rows} events where the commits of the asked windows count {plan.rows}; run fraiseql-pipeline fsck."
-            )
+        plan.check_rows(sent.rows)
 
     def totals_of(self, plan: Plan, max_rows: int) -> tuple[int, int] | None:
         """The rows and the bytes of the frames of a plan; None unless all of them are kept, fit as they are, and none is left out as a

@@ -42,7 +42,7 @@ from fraiseql_pipeline import memory
 from fraiseql_pipeline.changelog import open_changelog
 from fraiseql_pipeline.errors import PipelineError, SettingsError
 from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
-from fraiseql_pipeline.flight.server import check_address, serve
+from fraiseql_pipeline.flight.server import cannot_listen, check_address, serve
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 
@@ -363,10 +363,7 @@ def _held_port(address: str) -> Iterator[str]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind(where)
     except OSError:
-        raise SettingsError(
-            f"The Flight server cannot listen on {address!r}: another process holds the port, or the address is not this machine's; "
-            "choose another FRAISEQL_ARROW_FLIGHT_BIND."
-        ) from None
+        raise cannot_listen(address) from None
     with holder:
         yield f"{host}:{holder.getsockname()[1]}"
 

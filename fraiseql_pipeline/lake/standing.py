@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fraiseql_pipeline.lake.facts import Commit
-from fraiseql_pipeline.window import Window, WindowSize, from_micros, to_micros
+from fraiseql_pipeline.window import Gap, Window, WindowSize, from_micros, to_micros
 
 _MICROS = {size: size.micros for size in WindowSize}
 
@@ -34,7 +34,7 @@ class Standing:
     quarantined_rows: int
     late_rows: int
     reasons: Mapping[str, int]
-    gaps: Sequence[tuple[datetime, datetime]]
+    gaps: Sequence[Gap]
     through: datetime | None
     complete_through: datetime | None
 
@@ -68,12 +68,3 @@ class Standing:
             through=from_micros(max(start + length for start, length in spans)) if spans else None,
             complete_through=from_micros(gaps[0][0] if gaps else reach) if spans else None,
         )
-
-    def holes(self, size: WindowSize) -> int:
-        """How many windows of a size are missing; one that two gaps touch counts once."""
-        step, count, counted = _MICROS[size], 0, 0
-        for low, high in ((to_micros(low), to_micros(high)) for low, high in self.gaps):
-            first, behind = low // step, -(-high // step)
-            count += behind - (max(first, counted) if count else first)
-            counted = behind
-        return count

@@ -101,6 +101,13 @@ def test_windows_come_back_oldest_first_and_each_is_told_once(shop: Shop) -> Non
     assert sorted(told) == sorted(windows)
 
 
+def test_the_busy_time_of_every_stage_is_told(shop: Shop) -> None:
+    shop.write(10)
+    (done,) = shop.materialize()
+    assert done.seconds.keys() == {"read", "validate", "encode", "commit", "total"}
+    assert all(seconds > 0 for seconds in done.seconds.values())
+
+
 def test_too_many_rejected_events_halt_the_window_before_anything_is_written(shop: Shop) -> None:
     shop.write(80)
     shop.write(20, verb="UPSERT")

@@ -93,6 +93,14 @@ def test_a_message_about_many_holes_names_a_few_and_counts_the_rest() -> None:
         planned(published(0, 10_000), START, hour(20_000).end)
 
 
+def test_a_day_that_two_holes_touch_is_missing_once() -> None:
+    view, ticket = View(Snapshot(10**6, (), published(0, 3, 6), None)), Ticket(start=START, end=hour(7).start)
+    with pytest.raises(WindowMissing, match=r"has 1 window\(s\) .*: 2026-11-01; ") as error:
+        plan(ticket, view, first=None, size=WindowSize.DAY)
+    assert error.value.missing == ("2026-11-01",)
+    assert plan(replace(ticket, allow_missing=True), view, first=None, size=WindowSize.DAY).missing_windows == 1
+
+
 def test_nothing_is_missing_before_the_first_window_of_the_settings() -> None:
     far = datetime(2000, 1, 1, tzinfo=UTC)
     assert planned(published(0, 1), far, hour(1).end).missing_windows == 0

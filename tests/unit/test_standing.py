@@ -7,14 +7,14 @@ from datetime import timedelta
 import pytest
 
 from fraiseql_pipeline.lake import Standing
-from fraiseql_pipeline.window import Window, WindowSize, tile
+from fraiseql_pipeline.window import Window, WindowSize, count_missing, tile, tile_gaps
 from tests.unit.test_flight_plan import START, commit, hour, published
 
 
 def test_nothing_published_reaches_nowhere() -> None:
     stands = Standing.of({}, START)
     assert (stands.windows, stands.through, stands.complete_through, stands.gaps) == (0, None, None, [])
-    assert stands.holes(WindowSize.HOUR) == 0
+    assert count_missing(stands.gaps, WindowSize.HOUR) == 0
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_nothing_published_reaches_nowhere() -> None:
 def test_what_is_complete_ends_at_the_first_hole(first: int | None, hours: tuple[int, ...], complete: int, holes: int) -> None:
     stands = Standing.of(published(*hours), None if first is None else hour(first).start)
     assert stands.complete_through == hour(complete).start
-    assert stands.holes(WindowSize.HOUR) == holes
+    assert count_missing(stands.gaps, WindowSize.HOUR) == holes
     assert stands.through == hour(max(hours)).end
 
 
@@ -39,5 +39,6 @@ def test_holes_are_as_many_as_the_windows_that_are_named() -> None:
     windows = [hour(0), hour(5), hour(6), *days, hour(24 * 6)]
     stands = Standing.of({window: commit(window) for window in windows}, START - timedelta(hours=3))
     for size in WindowSize:
-        named = {window for gap in stands.gaps for window in tile(*gap, size)}
-        assert stands.holes(size) == len(named)
+        named = list(tile_gaps(stands.gaps, size))
+        assert named == sorted({window for gap in stands.gaps for window in tile(*gap, size)})
+        assert count_missing(stands.gaps, size) == len(named)

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from fraiseql_pipeline.changelog import ChangeLog, embedded
+from fraiseql_pipeline.changelog import ChangeLog, embedded, settle
 from fraiseql_pipeline.changelog.settle import _earliest
 from fraiseql_pipeline.errors import SettleTimeout, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.settings import Settings
@@ -290,6 +290,15 @@ def test_a_window_that_has_just_ended_is_sealed_when_its_margin_has_passed(
         assert changelog.settle(end).sealed_until >= end
 
 
+def test_a_window_whose_margin_has_not_passed_at_the_last_look_is_provisional(
+    changelog_url: str, session: Callable[..., _Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = _now(session())
+    monkeypatch.setattr(settle, "_looks", lambda *_: iter([False, True]))
+    with _open(changelog_url, clock_margin_seconds=20, seal_timeout_seconds=20) as changelog:
+        assert changelog.settle(end).sealed_until < end
+
+
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_role_that_cannot_see_other_sessions_settles_but_never_seals(
     changelog_url: str, session: Callable[..., _Session], role: str, busy: bool
@@ -312,6 +321,16 @@ def test_between_two_transactions_of_one_message_the_message_counts(now: datetim
     assert _earliest(session, set(), now) == earlier
     assert _earliest({**session, "state": "idle"}, set(), now) == now
     assert _earliest({**session, "state": "disabled", "query_start": None}, set(), now) is None
+
+
+def test_a_transaction_that_was_open_at_the_first_look_and_shows_no_start_is_unknown(now: datetime) -> None:
+    session = {"state": "active", "vxid": "3/7", "xact_start": None, "query_start": now}
+    assert _earliest(session, {"3/7"}, now) is None
+    assert _earliest(session, set(), now) == now, "it began after the first look"
+
+
+def test_a_wait_that_is_given_up_ends_at_its_next_look() -> None:
+    assert next(settle._looks(600, given_up=lambda: True)), "the last look"
 
 
 def test_an_open_transaction_that_hides_its_start_is_unknown_and_never_sealed_over(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import psutil
@@ -22,7 +23,7 @@ from fraiseql_pipeline.flight import stream as stream_module
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import Client, connect
 from fraiseql_pipeline.flight.edge import Call
-from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running
+from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running, Slots
 from fraiseql_pipeline.flight.presence import ClientGone
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
@@ -108,6 +109,21 @@ def test_only_time_spent_waiting_for_the_reader_counts() -> None:
     assert running.verdict(1001.0, 10, 100) == "lifetime"
 
 
+def test_a_call_that_was_cut_and_has_not_ended_is_not_cut_again() -> None:
+    context, told = Mock(), list[str]()
+    slots = Slots(Settings(arrow_flight_max_stream_seconds=0.02), told.append)
+    try:
+        with slots.probe(context) as first:
+            first.lifetime_seconds = 0.0
+            eventually(lambda: first.cut is not None)
+            with slots.probe(context) as second:
+                second.lifetime_seconds = 0.0
+                eventually(lambda: len(told) >= 2 and second.cut is not None)
+        assert told == ["lifetime", "lifetime"]
+    finally:
+        slots.close()
+
+
 def test_requests_that_end_because_their_call_was_cut_are_not_their_end() -> None:
     call = Call("DoExchange", None)  # type: ignore[arg-type]
     call.running = Running(None, None, 1000.0)  # type: ignore[arg-type]
@@ -171,6 +187,7 @@ def test_a_ticket_for_too_many_days_is_refused(lake: Lake, start_server: Callabl
         with pytest.raises(TicketError, match="not cover more than 1 days"):
             client.read(start="2000-01-01", end="2030-01-01", allow_missing=True)
         assert client.read(start="2026-11-03", end="2030-01-01").num_rows == 1
+        assert client.read(start="2026-11-02T01:00:00", end="2030-01-01", allow_missing=True).num_rows == 1, "a day, to the hour"
 
 
 def test_clients_nobody_knows_cannot_hold_all_threads(

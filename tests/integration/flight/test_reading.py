@@ -62,6 +62,16 @@ def test_the_end_of_a_range_is_exclusive_and_its_start_inclusive(
     assert client.do_get(ticket("*", start, end)).read_all().equals(on_the_wire(expected))
 
 
+def test_a_range_may_begin_or_end_at_any_event_of_a_window(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    events = lake_events(hour(0), 4)
+    publish(lake, hour(0), events)
+    with flight.connect(start_server(lake).url) as client:
+        for number, at in enumerate(events["timestamp"].to_pylist()):
+            assert client.do_get(ticket("*", at, hour(0).end)).read_all().equals(on_the_wire(events.slice(number)))
+            if at > hour(0).start:
+                assert client.do_get(ticket("*", hour(0).start, at)).read_all().equals(on_the_wire(events.slice(0, number)))
+
+
 def test_a_window_without_events_is_an_empty_stream(client: flight.FlightClient) -> None:
     found = client.do_get(ticket("*", hour(2).start, hour(2).end)).read_all()
     assert found.num_rows == 0

@@ -151,6 +151,19 @@ def test_a_day_does_not_take_back_what_one_of_its_hours_has_of_a_later_settlemen
     assert list(lake.published()) == [HOUR]
 
 
+def test_a_day_of_another_source_is_not_measured_by_the_pks_of_its_hours(lake: Lake) -> None:
+    publish(lake, HOUR, 10, settled_pk=PK + 1, identity="the source before")
+    assert publish(lake, DAY, lake_events(HOUR, 10)).outcome == "published"
+    assert list(lake.published()) == [DAY]
+
+
+def test_a_day_without_rejected_rows_leaves_none_of_its_hours(lake: Lake) -> None:
+    publish(lake, HOUR, 10, 2)
+    assert publish(lake, DAY, lake_events(HOUR, 12)).quarantined_rows == 0
+    assert rejected(lake, HOUR).num_rows == 0
+    assert lake.fsck() == []
+
+
 def test_hours_wait_for_a_day_whose_run_died_between_its_commits(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(lake, HOUR, 10, 2)
     day = Window.holding(HOUR.start, WindowSize.DAY)
