@@ -26,7 +26,7 @@ from fraiseql_pipeline.changelog.read import Readers
 from fraiseql_pipeline.changelog.samples import fill
 from fraiseql_pipeline.changelog.settle import Settlement, settle
 from fraiseql_pipeline.changelog.tail import Tail
-from fraiseql_pipeline.errors import SettingsError
+from fraiseql_pipeline.errors import SettingsError, SourceUnavailable
 from fraiseql_pipeline.settings import Settings, unknown_variables
 from fraiseql_pipeline.window import Window
 
@@ -36,7 +36,8 @@ _T = TypeVar("_T")
 class ChangeLog:
     """The change log behind a URL. Made by ``open_changelog``; safe to use from several threads.
 
-    The control connection is opened by the first call that needs it, and again after it broke; those that read are kept between windows.
+    The control connection is opened by the first call that needs it, and again after it broke: at once where it was ended between two calls.
+    Those that read are kept between windows.
     """
 
     def __init__(self, url: str, settings: Settings) -> None:
@@ -137,11 +138,18 @@ class ChangeLog:
 
     def _ask(self, question: Callable[[psycopg.Connection[tuple[object, ...]]], _T]) -> _T:
         with self._lock:
-            if self._connection is None or self._connection.closed:
-                self._disconnect()
-                self._connection = self._open.enter_context(
-                    connect(self.url, statement_timeout_seconds=self.settings.read_timeout_seconds)
-                )
+            kept = self._connection
+            if kept is not None and not kept.closed:
+                try:
+                    return question(kept)
+                except SourceUnavailable:
+                    # Servers and firewalls end what is idle for long (idle_session_timeout). Every question only reads, so it can be asked again.
+                    if not kept.closed:
+                        raise
+            self._disconnect()
+            self._connection = self._open.enter_context(
+                connect(self.url, statement_timeout_seconds=self.settings.read_timeout_seconds)
+            )
             return question(self._connection)
 
 

@@ -51,18 +51,9 @@ class Published:
 
     def note(self, version: int, actions: Sequence[Mapping[str, Any]]) -> None:
         """An entry of the log, which may be about a window."""
-        info = next((a["commitInfo"] for a in actions if "commitInfo" in a), None)
-        stated = info.get(KEY) if info else None
-        if info is None or not isinstance(stated, dict) or "window" not in stated:
-            return
-        try:
-            commit = Commit.from_json(stated, version, info["timestamp"])
-        except (KeyError, ValueError, WindowError):
-            raise LakeDamaged(
-                f"Entry {version} of the log of {self._name} names a window in a way this version cannot read."
-            ) from None
-        self._windows[commit.window.key] = commit
-        self._current = None
+        if (commit := self._commit_of(version, actions)) is not None:
+            self._windows[commit.window.key] = commit
+            self._current = None
 
     def of(self, window: Window) -> Commit | None:
         """The newest commit of one window, without reading the whole log: its transaction id in the table points at the entry."""
@@ -71,15 +62,13 @@ class Published:
         pointer = self._pointer(window)
         if pointer is None or pointer >= self._followed_from:
             return None
-        self._read_entries([pointer])
+        self._windows = self._read_entries([pointer]) | self._windows
         return self._windows.get(window.key)
 
     def current(self) -> dict[Window, Commit]:
         """As ``current`` of all windows. The first call reads the whole log, later ones nothing but what is new."""
         if not self._complete and self._opened is not None:
-            newer, self._windows = self._windows, {}
-            self._read_entries(self._pointed())
-            self._windows.update(newer)
+            self._windows = self._read_entries(self._pointed()) | self._windows
             self._complete, self._current = True, None
         if self._current is None:
             self._current = current(self._windows)
@@ -89,16 +78,13 @@ class Published:
         """As ``current`` gave them at an older version. Reads those entries up to it that are no window's newest by now."""
         self.current()
         known = {key: commit for key, commit in self._windows.items() if commit.table_version <= version}
-        older = Published(self._storage, self._name)
-        older._read_entries(sorted({*range(version + 1)} - {commit.table_version for commit in known.values()}))
-        return current(older._windows | known)
+        older = self._read_entries(sorted({*range(version + 1)} - {commit.table_version for commit in known.values()}))
+        return current(older | known)
 
     def newest(self) -> Commit | None:
         """The latest commit of a window, looked for among the latest entries."""
         if not self._complete and self._opened is not None:
-            newer = dict(self._windows)
-            self._read_entries(self._pointed()[-_LATEST_ENTRIES:])
-            self._windows.update(newer)
+            self._windows = self._read_entries(self._pointed()[-_LATEST_ENTRIES:]) | self._windows
         return max(self._windows.values(), key=lambda commit: commit.table_version, default=None)
 
     def app_id(self, window: Window) -> str:
@@ -139,10 +125,25 @@ class Published:
         mine = f"fraiseql/{self._name}/"
         return sorted(v for i, v in self._pointers.items() if i.startswith(mine) and v < self._followed_from)
 
-    def _read_entries(self, versions: Sequence[int]) -> None:
+    def _commit_of(self, version: int, actions: Sequence[Mapping[str, Any]]) -> Commit | None:
+        info = next((a["commitInfo"] for a in actions if "commitInfo" in a), None)
+        stated = info.get(KEY) if info else None
+        if info is None or not isinstance(stated, dict) or "window" not in stated:
+            return None
+        try:
+            return Commit.from_json(stated, version, info["timestamp"])
+        except (KeyError, ValueError, WindowError):
+            raise LakeDamaged(
+                f"Entry {version} of the log of {self._name} names a window in a way this version cannot read."
+            ) from None
+
+    def _read_entries(self, versions: Sequence[int]) -> dict[str, Commit]:
+        """The commits in these entries, of each window the last. Nothing is kept of them here: the storage may fail at any one."""
+
         def read(version: int) -> bytes | None:
             return self._storage.read(entry_name(version))
 
+        found: dict[str, Commit] = {}
         with storage_errors(f"reading the log of {self._name}"):
             if self._storage.local or len(versions) < 4:
                 texts: Iterable[bytes | None] = map(read, versions)
@@ -152,7 +153,9 @@ class Published:
             for version, text in zip(versions, texts, strict=True):
                 if text is None:
                     raise LakeDamaged(f"Entry {version} of the log of {self._name} is missing; fsck tells what to do.")
-                self.note(version, first_actions_of(self._name, version, text))
+                if (commit := self._commit_of(version, first_actions_of(self._name, version, text))) is not None:
+                    found[commit.window.key] = commit
+        return found
 
 
 def current(found: Mapping[str, Commit]) -> dict[Window, Commit]:

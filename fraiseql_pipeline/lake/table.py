@@ -266,11 +266,12 @@ class Table:
     def _load_files(self) -> dict[str, dict[str, File]]:
         if self._files is None:
             assert self._opened is not None
-            self._files = {}
+            files: dict[str, dict[str, File]] = {}  # kept when it is whole: what fails halfway would hide files from a replacement
             for file in self._active(self._opened):
-                self._files.setdefault(file.date, {})[file.path] = file
+                files.setdefault(file.date, {})[file.path] = file
             for actions in self._unapplied:
-                self._apply_files(self._files, actions)
+                self._apply_files(files, actions)
+            self._files = files
             self._unapplied.clear()
         return self._files
 

@@ -15,6 +15,7 @@ SELECT pg_is_in_recovery()                                          AS standby,
        current_setting('server_version_num')::integer               AS server_version,
        (SELECT pg_encoding_to_char(d.encoding) = 'SQL_ASCII' FROM pg_database d
          WHERE d.datname = current_database())                       AS unencoded,
+       current_setting('quote_all_identifiers')::boolean            AS quotes_all,
        current_database()::text                                     AS database,
        c.relkind = 'r' AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
                                         WHERE i.indrelid = c.oid AND i.indisvalid AND a.attname = 'created_at') AS unindexed

@@ -364,6 +364,16 @@ def test_settings_of_the_role_and_the_database_do_not_reach_our_sessions(
     assert shown == [("UTC",), ("ISO, MDY",), ("off",)]
 
 
+def test_a_role_for_which_all_identifiers_are_quoted_is_refused_with_the_remedy(
+    changelog_url: str, owner: psycopg.Connection[Any], role: str
+) -> None:
+    owner.execute(f"GRANT pg_read_all_stats TO {role}; ALTER ROLE {role} SET quote_all_identifiers = on")
+    with pytest.raises(SourceRefused, match=f"ALTER ROLE {role} SET quote_all_identifiers = off"):
+        _preflight(changelog_url, role)
+    owner.execute(f"ALTER ROLE {role} SET quote_all_identifiers = off")
+    assert _preflight(changelog_url, role).can_seal
+
+
 @pytest.mark.skipif("FRAISEQL_TEST_DSN" in os.environ, reason="makes a copy of a server's data directory")
 def test_a_standby_is_refused(short_directory: Path) -> None:
     with embedded.start(short_directory / "primary", {"wal_level": "replica"}):

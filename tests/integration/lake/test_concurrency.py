@@ -163,3 +163,35 @@ def test_lost_races_are_counted_and_then_given_up(lake: Lake, monkeypatch: pytes
         publish(lake, HOUR, lake_events(HOUR, 200, 1))
     assert content(lake, HOUR).num_rows == 100
     assert Path(lake.events_uri, "_delta_log").exists()
+
+
+def test_a_commit_that_is_replaced_at_once_is_told_as_what_it_was(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(lake, HOUR, 100, 1)
+    link = lake.events.storage.link_entry  # type: ignore[union-attr]
+
+    def overtaken(version: int, text: bytes) -> bool:
+        done = link(version, text)
+        publish(Lake(lake.uri), HOUR, lake_events(HOUR, 130, 2), settled_pk=PK + 2, run_id="another")
+        return done
+
+    monkeypatch.setattr(lake.events.storage, "link_entry", overtaken)
+    mine = publish(lake, HOUR, lake_events(HOUR, 110, 1), settled_pk=PK + 1)
+    newest = Lake(lake.uri).published()[HOUR]
+    assert (mine.outcome, mine.run_id, mine.accepted_rows, mine.settled_pk) == ("replaced", "run", 110, PK + 1)
+    assert (newest.run_id, newest.accepted_rows, newest.table_version) == ("another", 130, mine.table_version + 1)
+
+
+def test_a_window_that_is_replaced_right_behind_a_compaction_is_no_damage(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hour in (HOUR, Window(HOUR.end, HOUR.size)):
+        publish(lake, hour, 100)
+    link = lake.events.storage.link_entry  # type: ignore[union-attr]
+
+    def overtaken(version: int, text: bytes) -> bool:
+        done = link(version, text)
+        publish(Lake(lake.uri), HOUR, lake_events(HOUR, 130, 2))
+        return done
+
+    monkeypatch.setattr(lake.events.storage, "link_entry", overtaken)
+    assert lake.maintain(HOUR.end + timedelta(days=9)).compacted_days == ("events 2026-11-01",)
+    assert content(lake, HOUR).equals(lake_events(HOUR, 130, 2))
+    assert lake.fsck() == []

@@ -10,16 +10,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
-from fraiseql_pipeline.errors import LakeError, LakeUnavailable, SourceUnavailable
+from fraiseql_pipeline.errors import LakeConflict, LakeError, LakeUnavailable, SourceUnavailable
 from fraiseql_pipeline.lake import Lake
+from fraiseql_pipeline.lake.entry import File
+from fraiseql_pipeline.lake.storage import LocalStorage
+from fraiseql_pipeline.lake.table import Table
 from fraiseql_pipeline.window import Window
 from tests.support.events import lake_events
-from tests.support.lakes import content, publish
+from tests.support.lakes import PK, content, publish
 
 HOUR = Window.parse("2026-11-01-10:00")
 NEXT_DAY = Window.parse("2026-11-02-10:00")
@@ -148,3 +154,48 @@ def test_the_first_commit_says_so_too_where_there_are_no_hard_links(lake: Lake, 
         pytest.skip("this machine does not allow tracing")
     assert ran.stdout.startswith("False The lake's filesystem makes no hard links"), ran.stdout + ran.stderr
     assert list(Path(lake.events_uri, "_delta_log").iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", ["published", "newest"])
+def test_a_log_that_could_not_be_read_for_a_moment_hides_no_commit_afterwards(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    hours = [Window(HOUR.start + timedelta(hours=h), HOUR.size) for h in range(12)]
+    for n, hour in enumerate(hours):  # the first ten are behind a checkpoint
+        publish(lake, hour, lake_events(hour, 50), settled_pk=n)
+    late = lake_events(hours[2], 10, 7)
+    publish(lake, hours[2], late, append=True)
+    kept, read = Lake(lake.uri), LocalStorage.read
+
+    def failing(storage: LocalStorage, name: str) -> bytes | None:
+        if name.endswith("07.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(storage, name)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalStorage, "read", failing)
+        with pytest.raises(LakeUnavailable):
+            getattr(kept, asked)()
+    assert kept.newest() == Lake(lake.uri).newest()
+    assert kept.published() == Lake(lake.uri).published()
+    with pytest.raises(LakeConflict, match="up to a later event"):
+        publish(kept, hours[2], late, settled_pk=PK + 1, append=True)
+    assert content(lake, hours[2]).num_rows == 60
+
+
+def test_a_list_of_files_that_could_not_be_had_for_a_moment_is_whole_afterwards(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hour in (HOUR, Window(HOUR.end, HOUR.size)):
+        publish(lake, hour, 50)
+    kept, active = Lake(lake.uri), Table._active
+
+    def failing(table: Table, opened: DeltaTable) -> Iterator[File]:
+        yield from islice(active(table, opened), 1)
+        raise DeltaError("gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Table, "_active", failing)
+        with pytest.raises((DeltaError, LakeUnavailable)):
+            kept.snapshot()
+    assert kept.snapshot().files == Lake(lake.uri).snapshot().files
