@@ -88,7 +88,7 @@ class Client:
         said = _ticket(ticket, **asked)
         with self._translated():
             reader = self._flight.do_get(flight.Ticket(said), self._options)
-            return Stream(reader, reader.schema, self.url, plain=b'"profile"' not in said)
+            return Stream(reader, reader.schema, self.url, plain=not _names_profile(said))
 
     def read(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pa.Table:
         """The events of a ticket as one table, in (timestamp, pk) order.
@@ -184,7 +184,7 @@ class Exchange:
         with translated(self._url):
             self._writer.write_metadata(said)
             schema = self._reader.schema
-        self._last = Stream(self._reader, schema, self._url, plain=b'"profile"' not in said, alone=False)
+        self._last = Stream(self._reader, schema, self._url, plain=not _names_profile(said), alone=False)
         return self._last
 
     def read(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pa.Table:
@@ -242,3 +242,12 @@ def _ticket(ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> bytes:
         if isinstance(said[name], datetime):
             said[name] = said[name].isoformat()
     return json.dumps(said).encode()
+
+
+def _names_profile(ticket: bytes) -> bool:
+    """Whether a ticket says how its columns are to come; what is no JSON object cannot."""
+    try:
+        said = json.loads(ticket)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("profile") is not None
