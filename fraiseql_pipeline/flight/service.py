@@ -148,7 +148,14 @@ class FlightService:
         seconds = 0.9 * self._settings.arrow_flight_max_stream_seconds
         return (
             yield from follow(
-                decided, lambda ticket: self._plan(ticket, call), live, self._streams, sender, call.context.is_active, seconds
+                decided,
+                lambda ticket: self._plan(ticket, call),
+                live,
+                self._streams,
+                sender,
+                call.context.is_active,
+                call.has_room,
+                seconds,
             )
         )
 
