@@ -136,7 +136,8 @@ def read(
     if (cert_chain is None) != (private_key is None):
         raise InputError("--cert-chain and --private-key belong together; give both, or neither.")
     now = datetime.now(UTC)
-    asked = Ticket.parse(ticket.encode(), now)
+    # Bytes of the command line that are no UTF-8 are surrogates here, which the ticket refuses.
+    asked = Ticket.parse(ticket.encode(errors="surrogatepass"), now)
     if allow_missing:
         asked = replace(asked, allow_missing=True)
         ticket = asked.json

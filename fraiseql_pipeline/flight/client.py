@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -38,8 +38,8 @@ DEFAULT_URL = "grpc://localhost:50051"
 class Asked(TypedDict, total=False):
     """What a ticket is made of, as arguments of ``Client.read``; ``ticket.py`` says what each means."""
 
-    start: datetime | str
-    end: datetime | str
+    start: date | str
+    end: date | str
     entity_types: Sequence[str] | str
     batch_size: int
     columns: Sequence[str]
@@ -88,12 +88,12 @@ class Client:
         said = _ticket(ticket, **asked)
         with self._translated():
             reader = self._flight.do_get(flight.Ticket(said), self._options)
-            return Stream(reader, reader.schema, self.url, plain=b'"profile"' not in said)
+            return Stream(reader, reader.schema, self.url, plain=not _names_profile(said))
 
     def read(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pa.Table:
         """The events of a ticket as one table, in (timestamp, pk) order.
 
-        Either a ticket (``"events:Order:now-1h:now:5000"``) or what it is made of: ``start`` and ``end`` (a datetime, naive = UTC, or an
+        Either a ticket (``"events:Order:now-1h:now:5000"``) or what it is made of: ``start`` and ``end`` (a datetime, naive = UTC, a date, or an
         expression such as ``"now-1h"``; the end is exclusive and ``"now"`` when left out), ``entity_types`` (none: all),
         ``columns`` (none: the eight of an event), ``batch_size`` (most rows per batch), ``limit`` (most rows in all), ``allow_missing``
         (skip windows that are not published instead of failing), ``profile`` (``"compact"``: the columns as they travel), ``codec``,
@@ -179,12 +179,15 @@ class Exchange:
     def stream(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> Stream:
         """``Client.stream`` within the call. Raises ``InputError`` while the stream before has not been read to its end."""
         if self._last is not None and self._last.receipt is None:
-            raise InputError("A stream of an exchange must be read to its end before the next one is asked for.")
+            raise InputError(
+                "A stream of an exchange must be read to its end before the next one is asked for; one that failed has ended the exchange, "
+                "so open another."
+            )
         said = _ticket(ticket, **asked)
         with translated(self._url):
             self._writer.write_metadata(said)
             schema = self._reader.schema
-        self._last = Stream(self._reader, schema, self._url, plain=b'"profile"' not in said, alone=False)
+        self._last = Stream(self._reader, schema, self._url, plain=not _names_profile(said), alone=False)
         return self._last
 
     def read(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> pa.Table:
@@ -231,7 +234,8 @@ def _ticket(ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> bytes:
     if ticket is not None:
         if asked:
             raise TicketError(f"A read takes a ticket or what it is made of, got a ticket and {', '.join(sorted(asked))}.")
-        return ticket.encode() if isinstance(ticket, str) else ticket
+        # A surrogate, as of bytes on a command line that are no UTF-8, is for who reads the ticket to refuse.
+        return ticket.encode(errors="surrogatepass") if isinstance(ticket, str) else ticket
     if "start" not in asked:
         raise TicketError("A read needs a ticket, or at least a start such as 'now-1h'.")
     said: dict[str, Any] = {"type": "events", "end": "now", **asked}
@@ -239,6 +243,21 @@ def _ticket(ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> bytes:
     # One string is one type, whatever characters it has; only "*" stands for all.
     said["entity_type"] = types if types == "*" else [types] if isinstance(types, str) else list(types)
     for name in ("start", "end"):
-        if isinstance(said[name], datetime):
+        if isinstance(said[name], date):  # a datetime is one
             said[name] = said[name].isoformat()
-    return json.dumps(said).encode()
+    try:
+        return json.dumps(said).encode()
+    except (TypeError, ValueError, RecursionError):  # a number of numpy's, a list within itself
+        raise TicketError(
+            "The arguments of a read must be texts, times of datetime, whole numbers, flags and lists of texts, got "
+            f"{', '.join(sorted(f'{name} of type {type(value).__name__}' for name, value in asked.items()))}."
+        ) from None
+
+
+def _names_profile(ticket: bytes) -> bool:
+    """Whether a ticket says how its columns are to come; what is no JSON object cannot."""
+    try:
+        said = json.loads(ticket)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("profile") is not None

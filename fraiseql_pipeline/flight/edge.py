@@ -98,9 +98,13 @@ class Call:
 
     def count(self, rows: int) -> None:
         """So many more events are about to be sent. Raises ``TicketError`` above ``FRAISEQL_ARROW_FLIGHT_MAX_ROWS``."""
-        if self.max_rows is not None and self.rows - self._rows_before + rows > self.max_rows:
+        if self.max_rows is not None and not self.has_room(rows):
             raise limits.too_many_rows(self.max_rows)
         self.rows += rows
+
+    def has_room(self, rows: int) -> bool:
+        """Whether so many more events may be sent."""
+        return self.max_rows is None or self.rows - self._rows_before + rows <= self.max_rows
 
     def header(self, name: str) -> list[str]:
         """The values of a header of the request."""

@@ -9,7 +9,8 @@ Invariants
  2. The last message of each turn says up to which key everything was sent (``settled_pk``), as does a message without events when
     nothing was sent for a while: a reader who was cut goes on from there, with ``after_pk``. This key never falls. A turn that a limit
     cuts says none, and the receipt that of the turn before.
- 3. It ends like any stream, with a receipt: when its time is over, its limit is reached, its end has settled, or the server stops.
+ 3. It ends like any stream, with a receipt: when its time is over, its limit is reached, its end has settled, the next turn would be more than
+    one stream may have, or the server stops.
  4. A follower who falls behind the rounds in memory reads what it missed as any reader does; it holds up nobody.
 """
 
@@ -24,7 +25,7 @@ from fraiseql_pipeline.encoding import receipt_frames, schema_frame, with_metada
 from fraiseql_pipeline.errors import FlightUnavailable
 from fraiseql_pipeline.flight.live import Live
 from fraiseql_pipeline.flight.plan import Plan
-from fraiseql_pipeline.flight.rounds import Round
+from fraiseql_pipeline.flight.rounds import Kept, Round
 from fraiseql_pipeline.flight.stream import FrameStreams, Sender, frame_rows
 from fraiseql_pipeline.ticket import Ticket
 from fraiseql_pipeline.window import to_micros
@@ -44,11 +45,12 @@ def follow(
     streams: FrameStreams,
     sender: Sender,
     alive: Callable[[], bool],
+    has_room: Callable[[int], bool],
     seconds: float,
 ) -> Generator[bytes, None, Plan]:
     """The messages of a plan and of what settles after it, for at most so long; returns the plan its receipt speaks of.
 
-    ``again`` plans a ticket anew; ``alive``: whether the client is still there. Raises ``FlightUnavailable`` when the log is another one now,
+    ``again`` plans a ticket anew; ``alive``: whether the client is still there; ``has_room``: whether the stream may have so many events more. Raises ``FlightUnavailable`` when the log is another one now,
     ``SourceRefused`` when it is refused.
     """
     deadline = time.monotonic() + seconds
@@ -81,7 +83,12 @@ def follow(
                 break
             rounds, upto_pk = found
             for one in rounds:
-                for message in _told(_turn(one, pk, decided, sender), sender, one.upto_pk):
+                entry = _kept(one, pk, decided, sender)
+                rows = sum(item.rows for item in entry.items())
+                # Not at its beginning: what goes on there would be this turn again.
+                if sender.rows and not has_room(rows if sender.left is None else min(rows, sender.left)):
+                    return replace(decided, settled_pk=pk, complete_through=through)
+                for message in _told(_turn(entry, sender), sender, one.upto_pk):
                     said = time.monotonic()
                     yield message
                 if sender.full:
@@ -98,10 +105,13 @@ def follow(
         through = max(through, decided.complete_through)
 
 
-def _turn(one: Round, pk: int, decided: Plan, sender: Sender) -> Iterator[bytes]:
-    """The messages of a round for a follower who has everything up to a key."""
+def _kept(one: Round, pk: int, decided: Plan, sender: Sender) -> Kept:
+    """What of a round is for a follower who has everything up to a key."""
     wanted = replace(decided.filter, after_pk=pk)
-    entry = one.entry(decided.stream_schema, decided.encoding, wanted, decided.span, frame_rows(sender.max_rows))
+    return one.entry(decided.stream_schema, decided.encoding, wanted, decided.span, frame_rows(sender.max_rows))
+
+
+def _turn(entry: Kept, sender: Sender) -> Iterator[bytes]:
     for item in entry.items():
         if sender.full:
             return

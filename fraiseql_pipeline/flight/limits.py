@@ -37,6 +37,7 @@ from fraiseql_pipeline.flight.auth import Caller
 from fraiseql_pipeline.flight.plan import Plan
 from fraiseql_pipeline.flight.presence import Presence
 from fraiseql_pipeline.settings import Settings
+from fraiseql_pipeline.window import to_micros
 
 _log = logging.getLogger(__name__)
 
@@ -56,17 +57,31 @@ HANDSHAKES, HANDSHAKES_EACH = 16, 4
 _HANDSHAKE_SECONDS = 10.0
 
 
+#: What a ticket that says now-1d may have more than a day: its "now" is this server's, and what had settled is told by the database's clock, after
+#: what was waited for.
+_CLOCKS = timedelta(minutes=1)
+
+
 def check(decided: Plan, settings: Settings) -> None:
     """Raises ``TicketError`` for a plan above ``FRAISEQL_ARROW_FLIGHT_MAX_ROWS``, as far as it knows, or ``_MAX_RANGE_DAYS``."""
     most = settings.arrow_flight_max_rows
     if most is not None and decided.rows is not None and decided.rows > most:
         raise too_many_rows(most)
     days = settings.arrow_flight_max_range_days
-    if days is not None:
-        # A ticket may say "since ever": only what is published of it is work.
-        start = max(decided.ticket.start, decided.view.extent[0])
-        if decided.complete_through - start > timedelta(days=days):
-            raise TicketError(f"A ticket must not cover more than {days} days of events on this server; ask for a part at a time.")
+    if days is not None and _covered(decided) > timedelta(days=days) + _CLOCKS:
+        raise TicketError(f"A ticket must not cover more than {days} days of events on this server; ask for a part at a time.")
+
+
+def _covered(decided: Plan) -> timedelta:
+    """How much of time a plan reads. A ticket may say "since ever": only what is published of it is work.
+
+    Who reads on behind a key gets the range he began with, older with every read: of its windows, only those that have more by now are work.
+    """
+    start, after_pk = max(decided.ticket.start, decided.view.extent[0]), decided.ticket.after_pk
+    if not after_pk:
+        return decided.complete_through - start
+    micros = decided.view.covered_above(after_pk, to_micros(start), to_micros(decided.complete_through))
+    return timedelta(microseconds=micros)
 
 
 def too_many_rows(most: int) -> TicketError:

@@ -258,12 +258,17 @@ class MetricsServer:
                 else:
                     self._answer(404, "text/plain", b"/metrics, /healthz or /readyz\n")
 
+            def do_HEAD(self) -> None:
+                """As probes of load balancers and ``wget --spider`` ask: the same answer without its body."""
+                self.do_GET()
+
             def _answer(self, code: int, kind: str, body: bytes) -> None:
                 self.send_response(code)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
                 del format, args

@@ -59,6 +59,10 @@ _BEGINNING = datetime.min.replace(tzinfo=UTC)
 _FOR_EVER = datetime.max.replace(tzinfo=UTC)
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 class FlightService:
     """Answers Flight requests over one lake."""
 
@@ -143,7 +147,14 @@ class FlightService:
         seconds = 0.9 * self._settings.arrow_flight_max_stream_seconds
         return (
             yield from follow(
-                decided, lambda ticket: self._plan(ticket, call), live, self._streams, sender, call.context.is_active, seconds
+                decided,
+                lambda ticket: self._plan(ticket, call),
+                live,
+                self._streams,
+                sender,
+                call.context.is_active,
+                call.has_room,
+                seconds,
             )
         )
 
@@ -155,7 +166,7 @@ class FlightService:
     def get_schema(self, request: bytes, call: Call) -> bytes:
         """The schema of the stream a descriptor's ticket gets."""
         ticket = self._described(parse(protocol.FlightDescriptor, request), call)
-        encoding = Encoding(ticket.profile or self._encoding.profile, ticket.codec or self._encoding.codec)
+        encoding = self._encoding_of(ticket, call)
         return protocol.SchemaResult(schema=stream_schema(ticket.columns, encoding).serialize().to_pybytes()).SerializeToString()
 
     def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
@@ -178,7 +189,7 @@ class FlightService:
                 Ticket(start=start, end=end) if asked is None else replace(asked, start=start, end=end, endless=False, follow=False)
             )
             descriptor = protocol.FlightDescriptor(type=protocol.CMD, cmd=named.text.encode())
-            yield self._info(descriptor, self._decided(self._chosen(named, call), call, view), call).SerializeToString()
+            yield self._info(descriptor, self._decided(self._sized(named, call), call, view), call).SerializeToString()
 
     def renewed(self, endpoint: Any, call: Call) -> Any:
         """The endpoint with a ticket that lives longer. Raises ``TicketError`` for one that is not valid any more."""
@@ -215,7 +226,7 @@ class FlightService:
         )
 
     def _endpoint(self, ticket: Ticket, call: Call) -> Any:
-        signed, until = self._signer.sign(ticket, call.caller.name, datetime.now(UTC))
+        signed, until = self._signer.sign(ticket, call.caller.name, _now())
         others = self._settings.locations
         endpoint = protocol.FlightEndpoint(
             ticket=protocol.Ticket(ticket=signed),
@@ -247,7 +258,8 @@ class FlightService:
     def _decided(self, ticket: Ticket, call: Call, view: View) -> Plan:
         first, size = self._settings.first_window, self._settings.window
         followed = self.live is not None
-        return plan(ticket, view, first=first, size=size, org_id=call.org_id, encoding=self._encoding, followed=followed)
+        encoding = self._encoding_of(ticket, call)
+        return plan(ticket, view, first=first, size=size, org_id=call.org_id, encoding=encoding, followed=followed)
 
     def _max_rows(self, ticket: Ticket) -> int:
         return ticket.batch_size or self._settings.arrow_flight_batch_size
@@ -272,11 +284,11 @@ class FlightService:
                 raise
             start, end = _BEGINNING, _FOR_EVER
         endless = self.live is not None
-        return self._chosen(Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless), call)
+        return self._sized(Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless), call)
 
     def _ticket(self, data: bytes, call: Call, *, partial: bool = False) -> Ticket:
-        now = datetime.now(UTC)
-        ticket = self._chosen(Ticket.parse(self._signer.opened(data, call.caller.name, now), now, partial=partial), call)
+        now = _now()
+        ticket = self._sized(Ticket.parse(self._signer.opened(data, call.caller.name, now), now, partial=partial), call)
         if ticket.follow:
             self._check_follow(ticket, now)
         if self.live is not None and ticket.end == now and ticket.table_version is None:
@@ -292,6 +304,17 @@ class FlightService:
             )
         if ticket.end < now or ticket.table_version is not None:
             raise TicketError('A ticket with "follow" must end now or later, and name no "table_version".')
+
+    def _encoding_of(self, ticket: Ticket, call: Call) -> Encoding:
+        """How the events of a ticket travel: as it says, else the call, else this server."""
+        chosen = self._chosen(ticket, call)
+        return Encoding(chosen.profile or self._encoding.profile, chosen.codec or self._encoding.codec)
+
+    def _sized(self, ticket: Ticket, call: Call) -> Ticket:
+        """The ticket with the rows per batch of its session. Not with the encoding: the ticket is read on with (``next_ticket``), over a
+        connection that chooses for itself, and there it would be one that the reader had named.
+        """
+        return replace(ticket, batch_size=self._chosen(ticket, call).batch_size)
 
     def _chosen(self, ticket: Ticket, call: Call) -> Ticket:
         """The ticket with what it leaves open and the call's header, then its session, say."""

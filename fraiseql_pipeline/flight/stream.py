@@ -245,6 +245,16 @@ class Sender:
         return self._sent.presence
 
     @property
+    def rows(self) -> int:
+        """Sent so far."""
+        return self._sent.rows
+
+    @property
+    def left(self) -> int | None:
+        """Of the limit of the ticket; None: it has none."""
+        return self._left
+
+    @property
     def full(self) -> bool:
         """Whether the limit of the ticket is reached."""
         return self._left == 0

@@ -155,6 +155,12 @@ class View:
         """The highest key up to which a window that touches [start, end) has its events; 0 where there is none."""
         return max(self._keys(self.spans[slice(*self.covered(start, end))]), default=0)
 
+    def covered_above(self, pk: int, start: int, end: int) -> int:
+        """How many µs of [start, end) lie in windows that may have events above a key."""
+        spans = self.spans[slice(*self.covered(start, end))]
+        above = (span for span in spans if span.settled_pk is None or span.settled_pk > pk)
+        return sum(max(0, min(span.end, end) - max(span.start, start)) for span in above)
+
     @staticmethod
     def _keys(spans: Iterable[Span]) -> Iterator[int]:
         return (span.settled_pk for span in spans if span.settled_pk is not None)

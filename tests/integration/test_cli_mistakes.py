@@ -379,6 +379,12 @@ def test_a_read_of_nothing_says_what_there_is(run: Run, lake: Lake, end: datetim
     assert f"the lake holds {end - 6 * HOUR:%Y-%m-%dT%H:%M}" in run("read", f"events:*:{before}:{start[:11]}01:00:10").stderr
 
 
+def test_a_ticket_of_other_bytes_than_utf_8_is_one_sentence(run: Run) -> None:
+    refused = run("read", os.fsdecode(b"events:\xff:now-1h:now:10"))
+    assert refused.exit_code == 2
+    assert "A ticket must be UTF-8 text, byte 7 is not." in refused.output
+
+
 def test_a_hole_can_be_skipped_as_the_message_says(run: Run, lake: Lake, end: datetime) -> None:
     publish(lake, Window.holding(end + HOUR, WindowSize.HOUR), 5)
     ticket = f"events:*:{(end - HOUR).isoformat()}:{(end + 2 * HOUR).isoformat()}:10"

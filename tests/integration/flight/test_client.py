@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -18,7 +21,7 @@ from fraiseql_pipeline.flight import service as service_module
 from fraiseql_pipeline.flight.client import Client, connect
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
-from tests.integration.flight.conftest import hour, publish
+from tests.integration.flight.conftest import MIDNIGHT, hour, publish
 from tests.support.events import lake_events
 
 ALL = "events:*:2026-11-01T00:00:00Z:2026-11-01T04:00:00Z:10000"
@@ -48,6 +51,8 @@ def test_arguments_make_the_ticket(ours: Client) -> None:
     assert set(both["entity_type"].to_pylist()) == {"Order", "User"}
     assert ours.read(**hour_one, limit=7).equals(ours.read(**hour_one).slice(0, 7))
     assert max(batch.num_rows for batch in ours.stream(**hour_one, batch_size=10)) <= 10
+    day = MIDNIGHT.date()
+    assert ours.read(start=day, end=day + timedelta(days=1), allow_missing=True).equals(ours.read(ALL))
 
 
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
@@ -174,9 +179,15 @@ def test_no_server_is_told_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "complaint"), [({}, "at least a start"), ({"ticket": ALL, "start": "now-1h"}, "a ticket or what it is made of")]
+    ("asked", "complaint"),
+    [
+        ({}, "at least a start"),
+        ({"ticket": ALL, "start": "now-1h"}, "a ticket or what it is made of"),
+        ({"start": "now-1h", "limit": np.int64(5)}, "must be texts.*got limit of type int64, start of type str"),
+        ({"ticket": "events:\udcff:now-1h:now:5"}, "must be UTF-8 text, byte 7 is not"),
+    ],
 )
-def test_arguments_that_make_no_ticket_are_refused(ours: Client, asked: dict[str, str], complaint: str) -> None:
+def test_arguments_that_make_no_ticket_are_refused(ours: Client, asked: dict[str, Any], complaint: str) -> None:
     with pytest.raises(TicketError, match=complaint):
         ours.read(**asked)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from pyarrow import flight
 
-from fraiseql_pipeline.errors import FlightUnavailable
+from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import follow as module
-from tests.support.following import HOUR, Followed, Follower, eventually
+from fraiseql_pipeline.flight.server import FlightServer
+from fraiseql_pipeline.lake import Lake
+from tests.support.following import HOUR, Followed, Follower, eventually, followed
 from tests.support.reading import fill
 
 
@@ -49,6 +51,30 @@ def test_a_follower_gets_what_is_ahead_of_the_clock_once(live: Followed) -> None
     eventually(lambda: one.keys == past)
     one.stream.close()
     one.ended()
+
+
+def test_a_follower_who_has_had_what_one_stream_may_have_gets_a_receipt_and_goes_on(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with followed(changelog_url, lake, start_server, arrow_flight_max_rows=3) as live:
+        written = live.write(datetime.now(UTC), 2)
+        live.reaches(written[-1])
+        one = Follower(live.client, start="now-1h")
+        eventually(lambda: one.keys == written)
+        written += live.write(datetime.now(UTC))
+        eventually(lambda: one.keys == written)
+        [more] = live.write(datetime.now(UTC))
+        one.ended()
+        receipt = one.stream.receipt
+        assert one.error is None
+        assert receipt is not None
+        assert (one.keys, receipt.settled_pk) == (written, written[-1])
+        with live.client.stream(receipt.next_ticket) as stream:
+            assert next(stream)["pk"].to_pylist() == [more]
+        fill(changelog_url, 4, "now()")
+        eventually(lambda: live.service.buffer.settled_pk >= more + 4)
+        with pytest.raises(TicketError, match="more than 3 events"):
+            live.client.read(receipt.next_ticket)  # what one turn has too many of is no end that could be gone on from
 
 
 def test_a_follower_whom_a_limit_cuts_is_told_the_key_up_to_which_it_has_everything(live: Followed) -> None:

@@ -380,3 +380,31 @@ def test_who_waits_too_long_for_the_log_or_with_too_many_is_told_so(
             assert live.client.info(start=LAST, end=LAST + timedelta(minutes=1)).rows is None, "what is here waits for nobody"
         first.join(30)
         assert found == [[pks[0]]]
+
+
+def test_the_limit_of_days_counts_what_a_reader_who_reads_on_has_not_had(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with followed(changelog_url, lake, start_server, arrow_flight_max_range_days=1) as live:
+        old = live.write(LAST - 30 * HOUR, 2)
+        live.materialize(*(LAST - number * HOUR for number in range(31)))
+        [new] = live.write(LAST + HOUR)
+        live.reaches(new)
+        assert live.keys(LAST - 31 * HOUR, after_pk=old[-1]) == [new], "a follower of yesterday comes back"
+        with pytest.raises(TicketError, match="not cover more than 1 days"):
+            live.keys(LAST - 31 * HOUR)
+        with pytest.raises(TicketError, match="not cover more than 1 days"):
+            live.keys(LAST - 31 * HOUR, after_pk=old[0])
+
+
+def test_the_last_day_is_no_more_than_a_day_whatever_the_clock_of_the_database_says(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with followed(changelog_url, lake, start_server, arrow_flight_max_range_days=1) as live:
+        live.write(LAST - 40 * HOUR)
+        written = live.write(LAST)
+        live.reaches(written[-1])
+        monkeypatch.setattr(service, "_now", lambda: datetime.now(UTC) - timedelta(seconds=30))
+        assert live.keys("now-1d") == written
+        with pytest.raises(TicketError, match="not cover more than 1 days"):
+            live.keys("now-25h")

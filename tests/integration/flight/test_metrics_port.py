@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -111,3 +112,22 @@ def test_what_a_look_fails_of_is_not_kept(lake: Lake, monkeypatch: pytest.Monkey
         patched.setattr(Lake, "published", fails)
         assert not state.ready()
     assert state.ready()
+
+
+@pytest.mark.parametrize(
+    ("path", "ready", "code"), [("/healthz", False, 200), ("/readyz", True, 200), ("/readyz", False, 503), ("/metrics", True, 200)]
+)
+def test_a_probe_that_wants_no_body_gets_the_answer_without_it(
+    show: Callable[..., MetricsServer], path: str, ready: bool, code: int
+) -> None:
+    port = show(lambda: ready).port
+    said = []
+    for method in ("HEAD", "GET"):
+        asking = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        asking.request(method, path)
+        answer = asking.getresponse()
+        said.append((answer.status, answer.getheader("Content-Length"), answer.getheader("Content-Type")))
+        assert len(answer.read()) == (0 if method == "HEAD" else int(answer.getheader("Content-Length") or 0))
+        asking.close()
+    assert said[0] == said[1]
+    assert said[0][0] == code

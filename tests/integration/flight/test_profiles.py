@@ -189,6 +189,40 @@ def test_a_connection_in_compact_gives_the_plain_columns(server: FlightServer, c
         assert pa.RecordBatchReader.from_stream(streamed).read_all().equals(expected)
 
 
+def test_the_next_ticket_leaves_to_the_connection_what_the_ticket_left_to_it(
+    lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    publish(lake, hour(0), lake_events(hour(0), 10))
+    url = start_server(lake).url
+    with connect(url, profile="compact+lz4") as compact, connect(url) as plain:
+        first = compact.read(start=hour(0).start, end=hour(3).end)
+        publish(lake, hour(1), lake_events(hour(1), 10))
+        ticket = first.schema.metadata[b"fraiseql.next_ticket"]
+        with compact.stream(ticket) as stream:
+            assert stream.schema.metadata[b"fraiseql.encoding"] == b"compact+lz4", "it still travels as the connection wants it"
+            following = stream.read_all()
+        assert following.equals(plain.read(ticket)), "and comes as the first read did"
+        assert following.num_rows == 10
+        named = compact.read(start=hour(0).start, end=hour(1).end, profile="compact")
+        assert compact.read(named.schema.metadata[b"fraiseql.next_ticket"]).schema.field("event_id").type == pa.binary(16)
+        session = flight.FlightCallOptions(headers=[(b"cookie", to_cookie({"profile": "compact", "codec": "none"}).encode())])
+        with flight.connect(url) as stock:
+            *_, last = stock.do_get(asked(end="now"), session)
+        assert json.loads(last.app_metadata.to_pybytes())["next_ticket"].count("compact") == 0
+
+
+def test_a_type_that_is_called_profile_comes_in_the_plain_columns(lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    events = lake_events(hour(0), 10)
+    at = events.schema.get_field_index("entity_type")
+    publish(lake, hour(0), events.set_column(at, events.schema.field(at), pa.array(["profile"] * 10)))
+    with connect(start_server(lake).url, profile="compact") as compact:
+        found = compact.read(start=hour(0).start, end=hour(0).end, entity_types=["profile"])
+        assert found.select(WIRE_SCHEMA.names).schema.equals(WIRE_SCHEMA)
+        assert found.num_rows == 10
+        with compact.exchange() as exchange:
+            assert exchange.read(start=hour(0).start, end=hour(0).end, entity_types=["profile"]).equals(found)
+
+
 def test_an_id_that_is_no_uuid_is_sent_in_plain_and_refused_in_compact(
     lake: Lake, start_server: Callable[..., FlightServer]
 ) -> None:
