@@ -139,6 +139,16 @@ def test_a_window_whose_runs_do_not_help_is_asked_for_ever_more_rarely(ticker: T
     assert asked == [1, 2, 4, 8, 16, 32]
 
 
+def test_a_clock_that_was_ahead_makes_no_window_wait_for_it(ticker: Ticker, changelog_url: str) -> None:
+    for window in DAY:
+        write(changelog_url, window, 1)
+    assert ticker.location.run(*DAY).success
+    write(changelog_url, DAY[3], 1)
+    assert ("05:00", "05:00") in ticker.tick(60 * 24 * 30)
+    assert ticker.tick(-60 * 24 * 30) == [("05:00", "05:00")]
+    assert ticker.tick(0) == []
+
+
 def test_a_window_that_needed_many_runs_starts_afresh_with_a_new_cause(ticker: Ticker, changelog_url: str) -> None:
     for window in DAY[1:]:
         write(changelog_url, window, 1)
@@ -223,6 +233,8 @@ def test_the_cursor_survives_its_text() -> None:
     memory = needs.Memory(needs.Looked(17, 4, "log"), {DAY[0]: needs.Asked("missing", 3, NOON)})
     assert needs.Memory.parse(memory.dump()) == memory
     assert needs.Memory.parse(None) == needs.Memory()
+    by_hand = '{"asked": {"2026-11-20-02:00": ["missing", -3, "2026-11-20T12:15:00"]}}'
+    assert needs.Memory.parse(by_hand).asked == {DAY[0]: needs.Asked("missing", 0, NOON)}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +247,7 @@ def test_the_cursor_survives_its_text() -> None:
         '{"asked": {"noon": ["missing", 1, "2026"]}}',
         '{"looked": [1]}',
         '{"looked": ["a", 1, ""]}',
+        '{"looked": [Infinity, 1, ""]}',
     ],
 )
 def test_a_cursor_that_somebody_set_by_hand_is_none(text: str) -> None:
