@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from assets import needs, sensors
 from assets.definitions import definitions
@@ -218,6 +220,26 @@ def test_windows_in_flight_are_left_alone(ticker: Ticker, ranged: bool) -> None:
     assert ticker.tick() == ([("02:00", "03:00"), ("07:00", "11:00")] if ranged else [("02:00", "03:00"), ("05:00", "11:00")])
     ticker.location.instance.report_run_failed(run)
     assert ticker.tick()[0][0] == "02:00"
+
+
+def test_a_run_that_nobody_hears_of_holds_no_window_unless_it_is_queued(instance: dg.DagsterInstance) -> None:
+    job = definitions(Settings.load()).resolve_implicit_global_asset_job_def()
+    location = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("here"), "repository")
+    run = instance.create_run_for_job(
+        job,
+        tags={"dagster/partition": DAY[2].key},
+        status=dg.DagsterRunStatus.STARTED,
+        remote_job_origin=RemoteJobOrigin(location, job.name),
+    )
+    silence = sensors.SILENCE.total_seconds()
+    assert sensors.in_flight(instance, time.time()) == {DAY[2]}
+    assert sensors.in_flight(instance, time.time() + silence + 60) == set()
+    instance.report_engine_event("The run is heard of.", run)
+    heard = instance.get_records_for_run(run.run_id, limit=1).records[0].timestamp
+    assert sensors.in_flight(instance, heard + silence - 1) == {DAY[2]}
+    assert sensors.in_flight(instance, heard + silence + 1) == set()
+    instance.report_dagster_event(dg.DagsterEvent(dg.DagsterEventType.PIPELINE_ENQUEUED.value, job.name), run.run_id)
+    assert sensors.in_flight(instance, time.time() + 10 * silence) == {DAY[2]}
 
 
 def test_runs_of_others_do_not_hold_windows(ticker: Ticker) -> None:
