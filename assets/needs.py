@@ -5,7 +5,8 @@ What lives here: the decision of the sensor and what one look tells the next. Wh
 Invariants
  1. The cause is looked at, not what was done about it: a window needs a run as long as it is missing or has late events.
  2. A window whose runs do not help is asked for ever more rarely: after 1, 2, 4, 8 … minutes while its cause stays the same. So a
-    permanent failure costs a dozen runs in two days, and an outage of less than that heals by itself.
+    permanent failure costs a dozen runs in two days, and an outage of less than that heals by itself. A clock that is set back
+    makes no wait longer.
  3. It is asked for with ever fewer neighbours, in the end alone: a run ends at the window that fails, and one that fails for good
     must not keep those behind it from being published.
  4. A look reads keys of the change log only above what was settled when the look before was taken, except for windows that are recent
@@ -23,7 +24,7 @@ from fraiseql_pipeline.changelog import ChangeLog
 from fraiseql_pipeline.errors import WindowError
 from fraiseql_pipeline.lake import Commit, Lake
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import Window, WindowSize, tile
+from fraiseql_pipeline.window import Window, WindowSize, as_utc, tile
 
 #: How far back a window that was never published counts as missing; older ones are a backfill's business. Late events have no limit.
 LOOK_BACK = timedelta(days=2)
@@ -69,12 +70,12 @@ class Memory:
         try:
             kept: dict[str, Any] = json.loads(text) if text else {}
             asked = {
-                Window.parse(key): Asked(str(cause), int(times), datetime.fromisoformat(at))
+                Window.parse(key): Asked(str(cause), max(int(times), 0), as_utc(datetime.fromisoformat(at)))
                 for key, (cause, times, at) in kept.get("asked", {}).items()
             }
             pk, table_version, identity = kept.get("looked", (0, -1, ""))
             return cls(Looked(int(pk), int(table_version), str(identity)), asked)
-        except (ValueError, TypeError, AttributeError, WindowError):
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, WindowError):
             return cls()
 
     def dump(self) -> str:
@@ -129,7 +130,10 @@ def due(needs: Needs, memory: Memory, in_flight: Collection[Window], now: dateti
 
     def waits(window: Window) -> bool:
         asked = memory.asked.get(window)
-        return asked is not None and asked.cause == needs.causes[window] and now < asked.until
+        if asked is None or asked.cause != needs.causes[window]:
+            return False
+        # Further ahead than it was ever set: the clock was, when it was asked for.
+        return now < asked.until <= now + _wait(asked.times)
 
     return sorted(window for window in needs.causes if window not in in_flight and not waits(window))
 
@@ -141,9 +145,14 @@ def remember(needs: Needs, memory: Memory, asked: Collection[Window], now: datet
     kept = {window: one for window, one in memory.asked.items() if needs.causes.get(window) == one.cause}
     for window in asked:
         times = kept[window].times + 1 if window in kept else 1
-        kept[window] = Asked(needs.causes[window], times, now + _FIRST_WAIT * 2 ** min(times - 1, 20))
+        kept[window] = Asked(needs.causes[window], times, now + _wait(times))
     unasked = {window: Asked(cause, 0, now) for window, cause in needs.causes.items() if window not in kept}
     return Memory(needs.looked, kept | unasked)
+
+
+def _wait(times: int) -> timedelta:
+    """How long a window is left alone that was asked for so often."""
+    return _FIRST_WAIT * 2 ** min(max(times - 1, 0), 20)
 
 
 def spans(needs: Needs, memory: Memory, windows: Sequence[Window], longest: int) -> Iterator[list[Window]]:

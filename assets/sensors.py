@@ -4,15 +4,17 @@ What lives here: asking Dagster for runs. What must not: the decision (``needs.p
 failed run would leave its window missing for ever.
 
 Invariants
- 1. A window that a run in flight was given is left alone.
+ 1. A window that a run in flight was given is left alone, as long as that run is heard of: of a machine that went down with its runs
+    nobody tells, and Dagster may show them as started for ever. Two runs of one window do no harm.
  2. Neighbouring windows share a run, up to ``windows_per_run``.
  3. Only partitions are asked for: Dagster refuses a tick as a whole for one key it does not know. A published window that is none gets
     a warning where it would get a run.
 """
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
@@ -26,6 +28,9 @@ from .resources import FraiseQL
 
 #: Runs asked for in one tick.
 MAX_RUNS = 10
+
+#: A run that was begun and has told nothing for so long holds no windows: one that lives tells of each as it is published.
+SILENCE = timedelta(hours=1)
 
 _STATUS = dg.DagsterRunStatus
 _IN_FLIGHT = [_STATUS.QUEUED, _STATUS.NOT_STARTED, _STATUS.MANAGED, _STATUS.STARTING, _STATUS.STARTED, _STATUS.CANCELING]
@@ -51,7 +56,7 @@ def build_catch_up(events: dg.AssetsDefinition) -> dg.SensorDefinition:
         partitions.must_be(events.partitions_def, settings)
         with fraiseql.changelog() as changelog:
             found = needs.look(settings, changelog, fraiseql.lake(), memory, now)
-        due = needs.due(found, memory, in_flight(context.instance), now)
+        due = needs.due(found, memory, in_flight(context.instance, time.time()), now)
         ours = [window for window in due if partitions.cover(settings, window)]
         spans = list(needs.spans(found, memory, ours, settings.windows_per_run))[:MAX_RUNS]
         others = [window for window in due if not partitions.cover(settings, window)]
@@ -67,14 +72,22 @@ def build_catch_up(events: dg.AssetsDefinition) -> dg.SensorDefinition:
     return catch_up
 
 
-def in_flight(instance: dg.DagsterInstance) -> set[Window]:
-    """The windows that runs were given which have not ended."""
+def in_flight(instance: dg.DagsterInstance, now: float) -> set[Window]:
+    """The windows that runs were given which have not ended; ``now`` in seconds, as Dagster's times are."""
     found: set[Window] = set()
     for record in instance.get_run_records(dg.RunsFilter(statuses=_IN_FLIGHT)):
         run = record.dagster_run
-        if run.asset_selection is None or run.asset_selection & {EVENTS, QUARANTINE}:
+        if (run.asset_selection is None or run.asset_selection & {EVENTS, QUARANTINE}) and not _silent(instance, record, now):
             found.update(_windows(run.tags))
     return found
+
+
+def _silent(instance: dg.DagsterInstance, record: dg.RunRecord, now: float) -> bool:
+    if record.dagster_run.status is _STATUS.QUEUED:  # it has nothing to tell, however long the queue is
+        return False
+    last = instance.get_records_for_run(record.dagster_run.run_id, limit=1, ascending=False).records
+    told = last[0].timestamp if last else record.create_timestamp.timestamp()
+    return now - told > SILENCE.total_seconds()
 
 
 def _not_ours(windows: Sequence[Window]) -> str:

@@ -33,6 +33,8 @@ class _Console(Console):
 
     def __init__(self, *, stderr: bool) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        if not self.width:  # COLUMNS=0 says that nobody knows; rich takes it for lines without room, and prints none
+            self.width = 80
 
     def on_broken_pipe(self) -> None:
         """The reader of a pipe (head, less) has seen enough: the rest goes nowhere, and neither does what Python flushes at its end."""

@@ -41,6 +41,7 @@ def test_the_instance_that_is_shown_keeps_runs_of_the_pool_in_the_queue(tmp_path
     (tmp_path / "dagster.yaml").write_text(yaml.safe_dump({"telemetry": {"enabled": False}, **INSTANCE}))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert instance.run_monitoring_enabled
+        assert instance.run_monitoring_max_runtime_seconds == 6 * 3600
         pools = instance.get_concurrency_config().pool_config
         assert pools.default_pool_limit == INSTANCE["concurrency"]["pools"]["default_limit"]
         assert pools.pool_granularity is not None

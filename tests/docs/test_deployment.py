@@ -203,6 +203,7 @@ def test_the_instance_that_is_shown_is_one(tmp_path: Path) -> None:
     shutil.copy(DEPLOY / "dagster.yaml", tmp_path)
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert instance.run_monitoring_enabled
+        assert instance.run_monitoring_max_runtime_seconds == 6 * 3600
         assert not instance.telemetry_enabled
 
 

@@ -281,6 +281,13 @@ def test_a_pipe_gets_every_row_and_no_progress(run: Run, changelog_url: str, end
     assert "30 windows, the first and the last ten" in drawn.stdout
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_width_that_nobody_knows_hides_nothing(run: Run, lake: Lake, terminal: bool) -> None:
+    del lake
+    shown = run("status", **({**TERMINAL, "COLUMNS": "0"} if terminal else {"COLUMNS": "0"}))
+    assert re.search(r"accepted rows\W+300", shown.stdout)
+
+
 def test_what_is_not_published_is_not_taken_for_sound(run: Run, lake: Lake, end: datetime) -> None:
     del lake
     for command in ("late", "audit"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from assets import needs, sensors
 from assets.definitions import definitions
@@ -139,6 +141,16 @@ def test_a_window_whose_runs_do_not_help_is_asked_for_ever_more_rarely(ticker: T
     assert asked == [1, 2, 4, 8, 16, 32]
 
 
+def test_a_clock_that_was_ahead_makes_no_window_wait_for_it(ticker: Ticker, changelog_url: str) -> None:
+    for window in DAY:
+        write(changelog_url, window, 1)
+    assert ticker.location.run(*DAY).success
+    write(changelog_url, DAY[3], 1)
+    assert ("05:00", "05:00") in ticker.tick(60 * 24 * 30)
+    assert ticker.tick(-60 * 24 * 30) == [("05:00", "05:00")]
+    assert ticker.tick(0) == []
+
+
 def test_a_window_that_needed_many_runs_starts_afresh_with_a_new_cause(ticker: Ticker, changelog_url: str) -> None:
     for window in DAY[1:]:
         write(changelog_url, window, 1)
@@ -210,6 +222,26 @@ def test_windows_in_flight_are_left_alone(ticker: Ticker, ranged: bool) -> None:
     assert ticker.tick()[0][0] == "02:00"
 
 
+def test_a_run_that_nobody_hears_of_holds_no_window_unless_it_is_queued(instance: dg.DagsterInstance) -> None:
+    job = definitions(Settings.load()).resolve_implicit_global_asset_job_def()
+    location = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("here"), "repository")
+    run = instance.create_run_for_job(
+        job,
+        tags={"dagster/partition": DAY[2].key},
+        status=dg.DagsterRunStatus.STARTED,
+        remote_job_origin=RemoteJobOrigin(location, job.name),
+    )
+    silence = sensors.SILENCE.total_seconds()
+    assert sensors.in_flight(instance, time.time()) == {DAY[2]}
+    assert sensors.in_flight(instance, time.time() + silence + 60) == set()
+    instance.report_engine_event("The run is heard of.", run)
+    heard = instance.get_records_for_run(run.run_id, limit=1).records[0].timestamp
+    assert sensors.in_flight(instance, heard + silence - 1) == {DAY[2]}
+    assert sensors.in_flight(instance, heard + silence + 1) == set()
+    instance.report_dagster_event(dg.DagsterEvent(dg.DagsterEventType.PIPELINE_ENQUEUED.value, job.name), run.run_id)
+    assert sensors.in_flight(instance, time.time() + 10 * silence) == {DAY[2]}
+
+
 def test_runs_of_others_do_not_hold_windows(ticker: Ticker) -> None:
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["a"]))
     def other() -> None: ...
@@ -223,6 +255,8 @@ def test_the_cursor_survives_its_text() -> None:
     memory = needs.Memory(needs.Looked(17, 4, "log"), {DAY[0]: needs.Asked("missing", 3, NOON)})
     assert needs.Memory.parse(memory.dump()) == memory
     assert needs.Memory.parse(None) == needs.Memory()
+    by_hand = '{"asked": {"2026-11-20-02:00": ["missing", -3, "2026-11-20T12:15:00"]}}'
+    assert needs.Memory.parse(by_hand).asked == {DAY[0]: needs.Asked("missing", 0, NOON)}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +269,7 @@ def test_the_cursor_survives_its_text() -> None:
         '{"asked": {"noon": ["missing", 1, "2026"]}}',
         '{"looked": [1]}',
         '{"looked": ["a", 1, ""]}',
+        '{"looked": [Infinity, 1, ""]}',
     ],
 )
 def test_a_cursor_that_somebody_set_by_hand_is_none(text: str) -> None:

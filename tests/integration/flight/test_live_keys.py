@@ -20,6 +20,7 @@ from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import ChangeLog
 from fraiseql_pipeline.errors import FlightUnavailable, SourceRefused, TicketError
 from fraiseql_pipeline.flight import live as live_module
+from fraiseql_pipeline.flight import service
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import Client
 from fraiseql_pipeline.flight.received import Receipt
