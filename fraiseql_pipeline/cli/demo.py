@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,9 @@ from fraiseql_pipeline.flight.server import serve
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize, tile
+
+#: How long the Dagster process may take to tell what it has published, once it is interrupted.
+_STOP_SECONDS = 30
 
 
 @click.command()
@@ -159,13 +162,33 @@ def _materialize(module: str, windows: list[Window], settings: Settings) -> None
         "FRAISEQL_START": windows[0].start.isoformat(),
         "PYTHONWARNINGS": "ignore",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    code, said = _run(command, environment)
+    if code != 0:
         log = home / "last-run.log"
-        log.write_text(done.stdout + done.stderr)
+        log.write_text(said)
         raise PipelineError(
             "The Dagster run failed; its log is in .fraiseql/dagster/last-run.log. Remove .fraiseql/ to begin the demo anew."
         )
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit code of a process, and what it wrote. Whoever interrupts us interrupts it, and it may put in order what it began: Dagster
+    shows a run whose process was killed as running for ever. It is told once and by us: Ctrl-C would reach it as well in our group.
+    """
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            said = process.communicate()  # of two pipes: polars has a signal begin a read of one anew, and nobody hears of it
+        except BaseException:
+            process.terminate()
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=_STOP_SECONDS)
+            finally:
+                process.kill()
+            raise
+    return process.returncode, "".join(said)
 
 
 def _variables(settings: Settings) -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,12 +133,12 @@ def test_the_demos_dagster_process_gets_what_a_file_has_set(tmp_path: Path, monk
     settings = Settings.load(file)
     given: dict[str, str] = {}
 
-    def started(command: list[str], env: dict[str, str], **options: object) -> subprocess.CompletedProcess[str]:
-        del options
-        given.update(env)
-        return subprocess.CompletedProcess(command, 0)
+    def started(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+        del command
+        given.update(environment)
+        return 0, ""
 
-    monkeypatch.setattr(demo.subprocess, "run", started)
+    monkeypatch.setattr(demo, "_run", started)
     demo._materialize("assets.definitions", [Window(end, WindowSize.DAY)], settings)
     for name in [name for name in given if name.startswith("FRAISEQL_")]:
         monkeypatch.setenv(name, given[name])
@@ -531,3 +532,34 @@ def test_a_command_that_is_told_to_end_leaves_nothing_half_done(changelog_url: s
         assert (running.returncode, said.strip().splitlines()[-1]) == (1, "Aborted!")
         assert log.execute("SELECT count(*) FROM core.tb_entity_change_log").fetchone() == (0,)
         assert log.execute("SELECT count(*) FROM pg_indexes WHERE tablename = 'tb_entity_change_log'").fetchone() == (6,)
+
+
+_TELLS = """
+import pathlib, signal, sys
+
+def stop(number, _):
+    with pathlib.Path("told").open("a") as told:
+        told.write(signal.Signals(number).name)
+    sys.exit(1)
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+pathlib.Path("ready").touch()
+while True:
+    signal.pause()
+"""
+
+
+def test_an_interrupted_demo_lets_its_dagster_process_end(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from fraiseql_pipeline.cli.demo import _run; _run([sys.executable, '-c', sys.argv[1]], dict(os.environ))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, _TELLS], cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as running:
+        while not (tmp_path / "ready").exists():
+            assert running.poll() is None
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        _, said = running.communicate(timeout=60)
+    assert said.strip().endswith("KeyboardInterrupt")
+    assert (tmp_path / "told").read_text() == "SIGTERM"
