@@ -17,7 +17,8 @@ Invariants
     (nested at most as deep as the interpreter's recursion limit allows, about 900), never parsed and printed again.
  3. A line is an event or the call fails; no line is skipped but a blank one.
  4. ``events_from_json(events_to_json(batch))`` gives the eight columns back, but for line feeds between the tokens of ``data``,
-    which become spaces because events are one per line.
+    which become spaces because events are one per line. A payload with half a surrogate pair is written as it stands and not
+    read back: upstream refuses it too.
 """
 
 from fraiseql_pipeline.event_json.kinds import KINDS

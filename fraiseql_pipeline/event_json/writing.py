@@ -89,7 +89,7 @@ def _value(frame: pl.DataFrame, key: str, name: str, *, compact: bool) -> pl.Exp
     column = pl.col(name)
     if key == "data":
         if compact:
-            return pl.lit(pl.Series([msgspec.json.format(text, indent=-1) for text in frame[name]], dtype=pl.String))
+            return pl.lit(pl.Series([_compact(text) for text in frame[name]], dtype=pl.String))
         return column.str.replace_all("\n", " ", literal=True)
     if key == "timestamp":
         # chrono's `%.f`, as serde's: no fraction, or 3, 6 or 9 digits.
@@ -101,6 +101,14 @@ def _value(frame: pl.DataFrame, key: str, name: str, *, compact: bool) -> pl.Exp
     elif frame[name].str.contains(r'["\\\x00-\x1f]').any():
         column = column.str.replace_many(_ESCAPES)
     return ('"' + column + '"').fill_null("null")
+
+
+def _compact(text: str) -> str:
+    """JSON without white space; as it stands where it holds half a surrogate pair, which a column of type json may and msgspec refuses."""
+    try:
+        return msgspec.json.format(text, indent=-1)
+    except msgspec.DecodeError:
+        return text.replace("\n", " ")
 
 
 def _contents(texts: pa.Array) -> pa.Buffer:

@@ -384,6 +384,16 @@ def test_reading_what_was_written_gives_the_columns_back() -> None:
     assert compact.drop_columns("data") == eight.drop_columns("data")
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_half_a_surrogate_pair_is_written_as_it_stands(compact: bool) -> None:
+    events = lake_events(Window.parse("2026-11-01"), 2)
+    at = events.schema.get_field_index("data")
+    events = events.set_column(at, events.schema.field(at), pa.array(['{"a": "\\ud800",\n"b": 1}', '{"a":1}']))
+    lines = events_to_json(events, compact=compact).splitlines()
+    assert [json.loads(line)["data"] for line in lines] == [{"a": "\ud800", "b": 1}, {"a": 1}]
+    assert b'"data":{"a": "\\ud800", "b": 1},' in lines[0]
+
+
 def test_all_fields_are_written_in_serdes_order_without_white_space() -> None:
     events = lake_events(Window.parse("2026-11-01"), 500)
     for row, text in zip(events.to_pylist(), events_to_json(events, compact=True).splitlines(), strict=True):
