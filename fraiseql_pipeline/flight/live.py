@@ -399,7 +399,7 @@ class Live:
             return {
                 span.window: span.settled_pk
                 for span in base.spans[low:high]
-                if span.settled_pk is not None and span.settled_pk < begun and self._checked.get(span.window) != span.settled_pk
+                if span.settled_pk < begun and self._checked.get(span.window) != span.settled_pk
             }
 
         if not suspects():

@@ -283,8 +283,7 @@ def _settled(view: View, low: int, high: int, after_pk: int) -> int | None:
     """The ticket has the events up to ``after_pk`` already, even where another server has settled further than this one."""
     if view.live is not None:
         return max(view.live.settled_pk, after_pk)
-    known = [pk for pk in view.settled_pks[low:high] if pk is not None]
-    return max(min(known), after_pk) if 0 < len(known) == high - low else None
+    return max(min(view.settled_pks[low:high]), after_pk) if high > low else None
 
 
 def _span(ticket: Ticket) -> tuple[int, int]:

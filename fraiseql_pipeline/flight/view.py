@@ -5,7 +5,7 @@ that somebody may come back to. What must not: tickets' options (``plan.py``), w
 
 Invariants
  1. A view never changes. Everything it lists can be read as long as somebody holds it.
- 2. A window of a view holds every event up to its ``settled_pk``, where that is known; a view with a live part every event up to the one
+ 2. A window of a view holds every event up to its ``settled_pk``; a view with a live part every event up to the one
     settled pk of that part, whatever its time.
 """
 
@@ -34,12 +34,12 @@ _KEPT_VIEWS = 8
 
 
 class Span(NamedTuple):
-    """One window as a view has it: [start, end) in µs. ``rows`` is exact where ``counted``; ``settled_pk``: None where it is not known."""
+    """One window as a view has it: [start, end) in µs. ``rows`` is exact where ``counted``."""
 
     window: Window
     start: int
     end: int
-    settled_pk: int | None
+    settled_pk: int
     rows: int
     provisional: bool
     counted: bool
@@ -149,21 +149,16 @@ class View:
     def settled_pk_at(self, at: int) -> int | None:
         """Up to which pk the events of an instant (µs) are in; None: no window holds it."""
         low, high = self.covered(at, at + 1)
-        return max(self._keys(span for span in self.spans[low:high] if span.start <= at < span.end), default=None)
+        return max((span.settled_pk for span in self.spans[low:high] if span.start <= at < span.end), default=None)
 
     def settled_pk_within(self, start: int, end: int) -> int:
         """The highest key up to which a window that touches [start, end) has its events; 0 where there is none."""
-        return max(self._keys(self.spans[slice(*self.covered(start, end))]), default=0)
+        return max(self.settled_pks[slice(*self.covered(start, end))], default=0)
 
     def covered_above(self, pk: int, start: int, end: int) -> int:
         """How many µs of [start, end) lie in windows that may have events above a key."""
-        spans = self.spans[slice(*self.covered(start, end))]
-        above = (span for span in spans if span.settled_pk is None or span.settled_pk > pk)
+        above = (span for span in self.spans[slice(*self.covered(start, end))] if span.settled_pk > pk)
         return sum(max(0, min(span.end, end) - max(span.start, start)) for span in above)
-
-    @staticmethod
-    def _keys(spans: Iterable[Span]) -> Iterator[int]:
-        return (span.settled_pk for span in spans if span.settled_pk is not None)
 
     def has_all_below(self, file: File, pk: int) -> bool:
         """Whether a file certainly holds no event above a pk: it lies in one window, which was settled before."""
@@ -172,8 +167,7 @@ class View:
         low, high = self.covered(file.low, file.low + 1)
         if high != low + 1 or not file.within(self.starts[low], self.ends[low]):
             return False
-        settled_pk = self.settled_pks[low]
-        return settled_pk is not None and settled_pk <= pk
+        return bool(self.settled_pks[low] <= pk)
 
     def with_live(self, live: LiveEvents) -> View:
         """The same, as all there is up to the settled pk of ``live``, which has no files."""

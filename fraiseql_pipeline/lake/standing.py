@@ -23,7 +23,7 @@ _MICROS = {size: size.micros for size in WindowSize}
 class Standing:
     """``gaps``: what no window covers from ``FRAISEQL_START``, or else from the oldest window, to the newest, which may be of different
     sizes. ``through``: the end of the newest window; ``complete_through``: of the last before the first gap, the start itself where that
-    is missing. Both are None while nothing is published.
+    is missing. Both are None while nothing is published, the latter also while nothing is from the start on.
 
     Rows are those of the windows as they are now. ``late_rows``: see ``Commit``. ``reasons`` counts quarantined rows per ``column:rule``.
     """
@@ -57,6 +57,8 @@ class Standing:
             if reach < start:
                 gaps.append((reach, start))
             reach = max(reach, start + length)
+        through = max((start + length for start, length in spans), default=None)
+        begun = through is not None and (first is None or through > to_micros(first))
         return cls(
             windows=len(published),
             provisional=provisional,
@@ -65,6 +67,6 @@ class Standing:
             late_rows=late,
             reasons=dict(sorted(reasons.items())),
             gaps=[(from_micros(low), from_micros(high)) for low, high in gaps],
-            through=from_micros(max(start + length for start, length in spans)) if spans else None,
-            complete_through=from_micros(gaps[0][0] if gaps else reach) if spans else None,
+            through=None if through is None else from_micros(through),
+            complete_through=from_micros(gaps[0][0] if gaps else reach) if begun else None,
         )

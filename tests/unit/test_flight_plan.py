@@ -114,6 +114,8 @@ def test_rows_are_exact_only_where_whole_windows_are_read() -> None:
     assert planned(windows, START, hour(2).end, limit=70).rows == 30
     assert planned(windows, START + timedelta(microseconds=1), hour(2).end).rows is None
     assert planned(windows, START, hour(2).end, entity_types=("Order",)).rows is None
+    assert planned(windows, START, hour(2).end, follow=True).rows is None, "it goes on"
+    assert planned(windows, START, hour(2).end, after_pk=1).rows is None
     assert planned(windows, hour(3).start, hour(4).end).rows == 0
 
 
@@ -136,6 +138,12 @@ def test_the_next_ticket_keeps_its_key_within_its_range_only() -> None:
 
     assert following(hour(5).end)["after_pk"] == 7
     assert "after_pk" not in following(hour(1).end), "what lies behind was never read"
+
+
+def test_the_next_ticket_begins_where_its_range_does_if_nothing_of_that_is_published() -> None:
+    said = planned(published(0, 1), hour(5).start, hour(6).end).next_ticket()
+    assert said is not None
+    assert json.loads(said)["start"] == hour(5).start.isoformat()
 
 
 def test_a_ticket_that_is_given_out_ends_at_a_time_even_where_its_plan_is_endless() -> None:

@@ -23,13 +23,17 @@ def test_nothing_published_reaches_nowhere() -> None:
         (None, (2, 3), 4, 0),
         (2, (2, 3), 4, 0),
         (0, (2, 3), 0, 2),
-        (5, (2, 3), 5, 0),
+        (5, (2, 3), None, 0),
+        (4, (2, 3), None, 0),
+        (3, (2, 3), 4, 0),
         (None, (0, 2, 3, 6), 1, 3),
     ],
 )
-def test_what_is_complete_ends_at_the_first_hole(first: int | None, hours: tuple[int, ...], complete: int, holes: int) -> None:
+def test_what_is_complete_ends_at_the_first_hole(
+    first: int | None, hours: tuple[int, ...], complete: int | None, holes: int
+) -> None:
     stands = Standing.of(published(*hours), None if first is None else hour(first).start)
-    assert stands.complete_through == hour(complete).start
+    assert stands.complete_through == (None if complete is None else hour(complete).start)
     assert count_missing(stands.gaps, WindowSize.HOUR) == holes
     assert stands.through == hour(max(hours)).end
 

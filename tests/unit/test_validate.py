@@ -292,6 +292,15 @@ def test_many_bad_values_are_confirmed_before_the_window_ends(monkeypatch: pytes
     assert not validator._doubts
 
 
+def test_of_names_that_somebody_makes_up_few_are_remembered_and_all_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "_REMEMBERED_VALUES", 2)
+    validator = Validator(WINDOW)
+    for names in ("ab*", "acd", "ab*"):
+        validation = validator.check(batch_events(WINDOW, 3, seed=ord(names[0]), entity_type=dict(enumerate(names))))
+        assert validation.reasons.get("entity_type:malformed", 0) == names.count("*")
+        assert len(validator._verdicts["entity_type"]) == 3
+
+
 @pytest.mark.parametrize("told", [None, "entity_id:null"])
 def test_a_row_rejected_without_cause_halts(monkeypatch: pytest.MonkeyPatch, told: str | None) -> None:
     uuid = validate._RULES["uuid"]

@@ -332,6 +332,12 @@ def test_endpoints_of_many_windows_share_them_evenly() -> None:
     assert [part.ticket.start for part in parts[1:]] == [part.ticket.end for part in parts[:-1]]
 
 
+@pytest.mark.parametrize("changed", [{"follow": True}, {"limit": 500_000}])
+def test_what_goes_on_or_ends_at_a_count_is_one_endpoint(changed: dict[str, int]) -> None:
+    ticket = Ticket(start=MIDNIGHT, end=hour(12_000).start, **changed)
+    assert len(plan(ticket, View(many(12_000)), first=MIDNIGHT, size=WindowSize.HOUR).parts()) == 1
+
+
 @pytest.mark.parametrize("name", ["é" * 240, "x" * 240, '"' * 200, "\\" * 200])
 def test_every_ticket_that_is_given_out_is_redeemed(lake: Lake, start_server: Callable[..., FlightServer], name: str) -> None:
     publish(lake, hour(0), lake_events(hour(0), 50))
