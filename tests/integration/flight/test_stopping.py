@@ -83,10 +83,12 @@ def test_an_upload_that_waits_for_the_log_does_not_hold_up_the_end(
 
 
 def test_a_locked_table_does_not_hold_up_the_end(changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]) -> None:
+    pk = insert(
+        changelog_url, created_at=hour(0).start
+    )  # before the server: of a log that it follows from its first key it reads nothing through
     server = start_server(lake, database_url=changelog_url)
     live = server._service.live
     assert live is not None
-    pk = insert(changelog_url, created_at=hour(0).start)
     eventually(lambda: live.up and live.buffer.settled_pk >= pk)
 
     def read() -> str:
