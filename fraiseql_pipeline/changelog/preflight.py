@@ -67,9 +67,8 @@ def _check_source(source: Mapping[str, Any]) -> None:
         raise SourceRefused(
             "The database has the encoding SQL_ASCII, so nobody knows what its texts say; move the change log to one with the encoding UTF8."
         )
-    if source[
-        "quotes_all"
-    ]:  # types have other names then, to us and to the driver, which reads theirs before anything of ours is set
+    # Types have other names then, to us and to the driver, which reads theirs before anything of ours is set.
+    if source["quotes_all"]:
         raise SourceRefused(
             f"The setting quote_all_identifiers is on for role {source['role']!r} in this database, so the types of columns cannot be told; "
             f"ALTER ROLE {source['role']} SET quote_all_identifiers = off."

@@ -120,9 +120,8 @@ class Publisher:
             return None
         self._events.checkpoint_if_due()
         newest = self._events.window(self._window)
-        if (
-            newest is not None and newest.table_version != version
-        ):  # of another run that came right behind: told is what this one published
+        # It may be of another run that came right behind: told is what this one published.
+        if newest is not None and newest.table_version != version:
             return replace(commit, table_version=version, committed_at=newest.committed_at)
         return newest
 
