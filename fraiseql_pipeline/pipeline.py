@@ -40,7 +40,8 @@ from fraiseql_pipeline.window import Window, WindowSize
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 
-#: After this many batches, what was freed goes back to the system; without this the peak rises with the window: of 3,000,000 events by 45 MiB. It costs up to a tenth of the CPU.
+#: After this many batches, what was freed goes back to the system; without this the peak rises with the window: of 3,000,000 events by
+#: 45 MiB. It costs up to a tenth of the CPU.
 _TIDY_EVERY = 4
 
 #: Windows that an error names; a run of Dagster has 96 at most as it comes.

@@ -1,8 +1,8 @@
 """Windows: half-open UTC intervals [start, end) with a key, instants as numbers, and the time expressions people write.
 
-What lives here: ``Window``, tiling a range into windows and what is missing of it, microseconds since 1970 (the unit of files, frames and statements), and ``parse_time``
-("now-1h", ISO 8601). What must not: a clock. ``now``
-is always an argument, so that one request resolves it once and every test can choose it.
+What lives here: ``Window``, tiling a range into windows and what is missing of it, microseconds since 1970 (the unit of files, frames and
+statements), and ``parse_time`` ("now-1h", ISO 8601). What must not: a clock. ``now`` is always an argument, so that one request resolves it
+once and every test can choose it.
 
 Invariants
  1. ``start < end``, both aware, both UTC; an event belongs to a window iff ``start <= timestamp < end``.

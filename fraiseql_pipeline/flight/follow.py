@@ -50,8 +50,8 @@ def follow(
 ) -> Generator[bytes, None, Plan]:
     """The messages of a plan and of what settles after it, for at most so long; returns the plan its receipt speaks of.
 
-    ``again`` plans a ticket anew; ``alive``: whether the client is still there; ``has_room``: whether the stream may have so many events more. Raises ``FlightUnavailable`` when the log is another one now,
-    ``SourceRefused`` when it is refused.
+    ``again`` plans a ticket anew; ``alive``: whether the client is still there; ``has_room``: whether the stream may have so many events
+    more. Raises ``FlightUnavailable`` when the log is another one now, ``SourceRefused`` when it is refused.
     """
     deadline = time.monotonic() + seconds
     epoch = live.rounds.epoch
