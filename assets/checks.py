@@ -123,14 +123,15 @@ def _accounted(one: Materialization) -> dg.AssetCheckResult:
 def _share(one: Materialization, settings: Settings) -> dg.AssetCheckResult:
     commit = one.commit
     halts = settings.max_rejected_share
+    tolerated = TOLERATED_ROWS if halts else 0
     return dg.AssetCheckResult(
-        passed=commit.quarantined_rows <= max(TOLERATED_ROWS, commit.source_rows * halts * _WARN_AT),
+        passed=commit.quarantined_rows <= max(tolerated, commit.source_rows * halts * _WARN_AT),
         check_name="quarantine_share",
         severity=dg.AssetCheckSeverity.WARN,
         metadata={
             "share": commit.quarantined_rows / commit.source_rows if commit.source_rows else 0.0,
             "limits": f"warns above {halts * _WARN_AT:.2%}, halts above {halts:.2%}"
-            + (f"; {TOLERATED_ROWS} events are always tolerated" if halts else ""),
+            + (f"; {tolerated} events are always tolerated" if tolerated else ""),
         },
     )
 

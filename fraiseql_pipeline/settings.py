@@ -178,8 +178,12 @@ class Settings(BaseSettings):
             return chosen(**overrides)
         except ValidationError as error:
             raise SettingsError(_explain(error)) from None
-        except (ValueError, OSError):  # tomllib's own errors quote what it could not read
-            raise SettingsError("The configuration file could not be read; it must be readable and valid TOML.") from None
+        except (ValueError, OSError) as error:
+            # tomllib's own errors quote what it could not read; of them, the place is told.
+            place = re.search(r" \(at (line \d+, column \d+|end of document)\)$", str(error))
+            raise SettingsError(
+                f"The configuration file could not be read: it must be valid TOML in UTF-8 without a byte order mark{place[0] if place else ''}."
+            ) from None
 
     @property
     def first_window(self) -> datetime | None:

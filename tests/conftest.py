@@ -14,11 +14,20 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 
 from fraiseql_pipeline.changelog import embedded
 from fraiseql_pipeline.changelog.connection import sql
+
+# Machines are slow at times, and fixtures are as good for many examples as for one.
+hypothesis.settings.register_profile(
+    "rules",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("rules")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

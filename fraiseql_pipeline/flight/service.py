@@ -166,7 +166,7 @@ class FlightService:
     def get_schema(self, request: bytes, call: Call) -> bytes:
         """The schema of the stream a descriptor's ticket gets."""
         ticket = self._described(parse(protocol.FlightDescriptor, request), call)
-        encoding = self._encoding_of(ticket, call)
+        encoding = self._encoding_of(self._chosen(ticket, call))
         return protocol.SchemaResult(schema=stream_schema(ticket.columns, encoding).serialize().to_pybytes()).SerializeToString()
 
     def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
@@ -189,7 +189,7 @@ class FlightService:
                 Ticket(start=start, end=end) if asked is None else replace(asked, start=start, end=end, endless=False, follow=False)
             )
             descriptor = protocol.FlightDescriptor(type=protocol.CMD, cmd=named.text.encode())
-            yield self._info(descriptor, self._decided(self._sized(named, call), call, view), call).SerializeToString()
+            yield self._info(descriptor, self._decided(named, call, view), call).SerializeToString()
 
     def renewed(self, endpoint: Any, call: Call) -> Any:
         """The endpoint with a ticket that lives longer. Raises ``TicketError`` for one that is not valid any more."""
@@ -198,9 +198,9 @@ class FlightService:
 
     def warm(self, data: bytes, call: Call) -> int:
         """Encode the frames of a ticket before anybody reads them; how many events they hold. None of them counts as sent."""
-        ticket = self._ticket(data, call)
+        decided = self._plan(self._ticket(data, call), call)
         sent = Sent(lambda _: None, call.presence)
-        with closing(self._streams.messages(self._plan(ticket, call), self._max_rows(ticket), sent)) as messages:
+        with closing(self._streams.messages(decided, self._max_rows(decided.ticket), sent)) as messages:
             for _ in messages:
                 if not call.context.is_active():
                     break
@@ -256,10 +256,18 @@ class FlightService:
             raise self.live.away("Nothing is published in the lake yet, and the change log cannot be followed") from None
 
     def _decided(self, ticket: Ticket, call: Call, view: View) -> Plan:
-        first, size = self._settings.first_window, self._settings.window
-        followed = self.live is not None
-        encoding = self._encoding_of(ticket, call)
-        return plan(ticket, view, first=first, size=size, org_id=call.org_id, encoding=encoding, followed=followed)
+        chosen = self._chosen(ticket, call)
+        return plan(
+            # Not with the encoding: the ticket is read on with (``next_ticket``), over a connection that chooses for itself, and there it
+            # would be one that the reader had named.
+            replace(ticket, batch_size=chosen.batch_size),
+            view,
+            first=self._settings.first_window,
+            size=self._settings.window,
+            org_id=call.org_id,
+            encoding=self._encoding_of(chosen),
+            followed=self.live is not None,
+        )
 
     def _max_rows(self, ticket: Ticket) -> int:
         return ticket.batch_size or self._settings.arrow_flight_batch_size
@@ -284,11 +292,11 @@ class FlightService:
                 raise
             start, end = _BEGINNING, _FOR_EVER
         endless = self.live is not None
-        return self._sized(Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless), call)
+        return Ticket(start=start, end=_FOR_EVER if endless else end, entity_types=wanted, endless=endless)
 
     def _ticket(self, data: bytes, call: Call, *, partial: bool = False) -> Ticket:
         now = _now()
-        ticket = self._sized(Ticket.parse(self._signer.opened(data, call.caller.name, now), now, partial=partial), call)
+        ticket = Ticket.parse(self._signer.opened(data, call.caller.name, now), now, partial=partial)
         if ticket.follow:
             self._check_follow(ticket, now)
         if self.live is not None and ticket.end == now and ticket.table_version is None:
@@ -305,16 +313,8 @@ class FlightService:
         if ticket.end < now or ticket.table_version is not None:
             raise TicketError('A ticket with "follow" must end now or later, and name no "table_version".')
 
-    def _encoding_of(self, ticket: Ticket, call: Call) -> Encoding:
-        """How the events of a ticket travel: as it says, else the call, else this server."""
-        chosen = self._chosen(ticket, call)
+    def _encoding_of(self, chosen: Ticket) -> Encoding:
         return Encoding(chosen.profile or self._encoding.profile, chosen.codec or self._encoding.codec)
-
-    def _sized(self, ticket: Ticket, call: Call) -> Ticket:
-        """The ticket with the rows per batch of its session. Not with the encoding: the ticket is read on with (``next_ticket``), over a
-        connection that chooses for itself, and there it would be one that the reader had named.
-        """
-        return replace(ticket, batch_size=self._chosen(ticket, call).batch_size)
 
     def _chosen(self, ticket: Ticket, call: Call) -> Ticket:
         """The ticket with what it leaves open and the call's header, then its session, say."""

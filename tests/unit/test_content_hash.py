@@ -25,7 +25,7 @@ def hash_of(*batches: pa.RecordBatch, schema: pa.Schema = LAKE_SCHEMA) -> str:
     return hashed.hexdigest()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 500), max_size=6))
 def test_borders_between_batches_do_not_count(cuts: list[int]) -> None:
     whole = EVENTS.combine_chunks().to_batches()[0]

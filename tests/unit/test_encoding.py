@@ -45,7 +45,7 @@ def test_frames_hold_the_rows_of_the_batch_in_order() -> None:
     assert [f.rows for f in sent] == [decode(f.data, WIRE_SCHEMA).num_rows for f in sent]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(max_rows=st.integers(1, 4_000), rows=st.integers(0, 400), offset=st.integers(0, 2_000))
 def test_no_frame_has_more_rows_than_it_was_allowed(max_rows: int, rows: int, offset: int) -> None:
     counts = [f.rows for f in frames(to_wire(EVENTS.slice(offset, rows), wire_schema()), max_rows)]

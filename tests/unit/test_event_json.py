@@ -343,7 +343,7 @@ def _lines(draw: st.DrawFn) -> bytes:
     return json.dumps(fields, ensure_ascii=form == "escapes", separators=separators).encode()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(_lines(), max_size=6))
 @example([with_data('{"changes":1}'), line()])
 def test_both_ways_of_reading_agree(lines: list[bytes]) -> None:
@@ -355,7 +355,7 @@ def test_both_ways_of_reading_agree(lines: list[bytes]) -> None:
             assert json.loads(got["data"]) == json.loads(source)["data"]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.data())
 def test_a_damaged_line_is_judged_alike_by_both_ways(data: st.DataObject) -> None:
     lines = [line(**data.draw(_events)) for _ in range(2)]
@@ -406,7 +406,7 @@ def test_all_fields_are_written_in_serdes_order_without_white_space() -> None:
             assert written[name] == row[name]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.text(max_size=8), _json, _optional, _optional, st.integers(-(2**62), 2**62)), min_size=1, max_size=4))
 @example([('"\\\n\x00\x1f\x7f', {"a": "\n"}, "", "null", 0)])
 def test_any_text_survives_the_way_out_and_back(rows: list[tuple[Any, ...]]) -> None:

@@ -96,7 +96,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 Times = st.lists(st.tuples(st.integers(0, 2), st.one_of(st.integers(0, 30), st.integers(0, HOUR_US - 1))), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rounds=st.lists(Times, min_size=1, max_size=25), floors=st.lists(st.integers(0, 150), min_size=3, max_size=3))
 def test_every_event_above_the_floor_is_held_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, rounds: list[list[tuple[int, int]]], floors: list[int]

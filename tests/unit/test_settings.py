@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -201,16 +201,27 @@ def test_wrong_lake_options_are_told_without_their_text(options: str, monkeypatc
     assert refusal() == "Settings are wrong: FRAISEQL_LAKE_OPTIONS must be a JSON object whose values are strings."
 
 
-@pytest.mark.parametrize("text", [f'database_url = "{SECRET}', f"{SECRET}", "\x00", "lake_options = {a = "])
-def test_a_broken_file_is_told_without_its_text(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (f'database_url = "{SECRET}', " (at end of document)"),
+        (f"{SECRET}", " (at end of document)"),
+        ("\x00", " (at line 1, column 1)"),
+        (f"window = 'day'\n'{SECRET}' = ?", " (at line 2, column {})"),
+        ("lake_options = {a = ", " (at end of document)"),
+        ("\ufeffwindow = 'day'", " (at line 1, column 1)"),
+    ],
+)
+def test_a_broken_file_is_told_with_the_place_and_without_its_text(text: str, place: str, tmp_path: Path) -> None:
     message = refusal(write(tmp_path, text))
-    assert message == "The configuration file could not be read; it must be readable and valid TOML."
+    wanted = place.format(len(SECRET) + 6)
+    assert message == f"The configuration file could not be read: it must be valid TOML in UTF-8 without a byte order mark{wanted}."
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     config = tmp_path / "settings.toml"
     config.write_bytes(b"\xff\xfe\x00")
-    assert "valid TOML" in refusal(config)
+    assert refusal(config).endswith("must be valid TOML in UTF-8 without a byte order mark.")
 
 
 def test_a_missing_file_is_told_by_its_name_alone(tmp_path: Path) -> None:
@@ -219,7 +230,6 @@ def test_a_missing_file_is_told_by_its_name_alone(tmp_path: Path) -> None:
     assert str(tmp_path) not in message
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.sampled_from(sorted(Settings.model_fields)),

@@ -394,14 +394,14 @@ TICKETS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TICKETS, INSTANTS)
 def test_both_forms_of_a_ticket_read_back_as_the_ticket(ticket: Ticket, now: datetime) -> None:
     assert Ticket.parse(ticket.text.encode(), now) == ticket
     assert Ticket.parse(ticket.json.encode(), now) == ticket
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(NAMES, max_size=3), st.lists(INSTANTS, min_size=2, max_size=2, unique=True), st.integers(1, MAX_BATCH_ROWS))
 def test_what_text_can_say_is_said_in_text(names: list[str], times: list[datetime], rows: int) -> None:
     ticket = Ticket(entity_types=tuple(names), start=min(times), end=max(times), batch_size=rows)
@@ -436,7 +436,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.binary(max_size=300)
     | st.text(max_size=200).map(str.encode)
@@ -473,7 +473,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.sampled_from(["events", "ObserverEvents", "other"]), st.dictionaries(st.sampled_from(KEYS), VALUES))
 def test_arbitrary_json_gives_a_ticket_or_a_ticket_error(kind: str, said: dict[str, Any]) -> None:
     parsed_or_refused(json.dumps({"type": kind} | said).encode())

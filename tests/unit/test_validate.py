@@ -210,7 +210,7 @@ def expected_reasons(row: dict[str, Any], accepted_ids: set[str]) -> list[str]:
     return sorted(found)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(ROW, max_size=6), max_size=4))
 def test_the_verdict_is_that_of_a_row_by_row_oracle(batches: list[list[dict[str, Any]]]) -> None:
     validator = Validator(WINDOW)
@@ -237,7 +237,7 @@ def test_the_verdict_is_that_of_a_row_by_row_oracle(batches: list[list[dict[str,
     validator.confirm()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.one_of(st.uuids().map(str), st.text("0123456789abcdefABCDEFg-é", min_size=34, max_size=37), st.none()), max_size=8),
     st.integers(0, 3),

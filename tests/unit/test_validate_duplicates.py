@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fraiseql_pipeline import event_ids
@@ -97,13 +97,13 @@ def assert_admits_each_once(batches: list[list[tuple[int, bool]]]) -> None:
         assert seen.admit(numbers, None if sound.all() else sound).tolist() == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(BATCHES)
 def test_each_id_is_admitted_once_over_many_batches(batches: list[list[tuple[int, bool]]]) -> None:
     assert_admits_each_once(batches)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(BATCHES)
 def test_ids_that_share_a_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, batches: list[list[tuple[int, bool]]]) -> None:
     real = event_ids._hashes
@@ -112,7 +112,7 @@ def test_ids_that_share_a_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, b
         assert_admits_each_once(batches)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(BATCHES)
 def test_ids_spilled_to_disk_are_found_again(monkeypatch: pytest.MonkeyPatch, batches: list[list[tuple[int, bool]]]) -> None:
     with monkeypatch.context() as patch:

@@ -191,6 +191,17 @@ def test_late_events_that_halt_fail_the_check_of_their_window_and_hide_no_merge(
     assert location.checks("quarantine_share") == {merged.key: ("SUCCEEDED", True), halted.key: ("FAILED", True)}
 
 
+def test_a_limit_of_nothing_tolerates_nothing_in_a_window_that_stands(
+    location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(changelog_url, MORNING[0], 30, broken=1)
+    assert location.run(MORNING[0]).success
+    assert location.checks("quarantine_share") == {MORNING[0].key: ("SUCCEEDED", True)}
+    monkeypatch.setenv("FRAISEQL_MAX_REJECTED_SHARE", "0")
+    assert location.run(MORNING[0], config={"only_new": True}).success
+    assert location.checks("quarantine_share") == {MORNING[0].key: ("FAILED", True)}
+
+
 def test_a_run_after_a_transient_failure_reports_every_window(
     location: Location, changelog_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import flight
 
@@ -84,7 +84,7 @@ def test_row_groups_that_share_an_instant_are_read_alone(grouped: tuple[FlightSe
     assert any(before.high == after.low for before, after in pairwise(groups))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     start=st.integers(0, 4 * 3600),
     length=st.integers(1, 4 * 3600),
