@@ -29,6 +29,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("rules")
 
+#: Where files are kept in memory, and the room a test session's Postgres may need there. A fresh database is some 300 files: on a disk
+#: that others use 130 to 200 ms, in memory 17 to 28.
+_MEMORY, _ROOM_BYTES = Path("/dev/shm"), 4 << 30
+_TEMPORARY = Path("/tmp")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -50,8 +55,9 @@ def postgres() -> Iterator[str]:
         yield dsn
         return
     # A test may stop this server hard, but the machine stays up: no fsync.
+    roomy = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES
     with (
-        _short_directory() as directory,
+        _short_directory(_MEMORY if roomy else _TEMPORARY) as directory,
         embedded.start(directory / "pg", {"fsync": "off", "full_page_writes": "off", "autovacuum": "off"}) as url,
     ):
         yield url
@@ -60,7 +66,7 @@ def postgres() -> Iterator[str]:
 @pytest.fixture
 def short_directory() -> Iterator[Path]:
     """A temporary directory whose path leaves room for a Unix socket."""
-    with _short_directory() as directory:
+    with _short_directory(_TEMPORARY) as directory:
         yield directory
 
 
@@ -105,8 +111,8 @@ def now() -> datetime:
 
 
 @contextmanager
-def _short_directory() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="fq-", dir="/tmp"))
+def _short_directory(where: Path) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="fq-", dir=where))
     try:
         yield directory
     finally:
