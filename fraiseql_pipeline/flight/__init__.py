@@ -2,7 +2,7 @@
 
 What lives here: nothing but the names of its files, in the order in which a request meets them. A client loads ``client`` alone.
 
-    protocol     the messages of Flight          workers      processes, signals, an orderly end
+    protocol     the messages of Flight          workers      processes, an orderly end (``signals``: what it is told)
     client       reads, checks, follows          server       one process: port, threads, drain
     received     what it gets, and the receipt   tls          its certificates (``watched``: files read again)
 

@@ -32,6 +32,7 @@ from fraiseql_pipeline.flight.edge import MAX_REQUEST_BYTES, METHODS, Edge
 from fraiseql_pipeline.flight.limits import Slots
 from fraiseql_pipeline.flight.metrics import Metrics
 from fraiseql_pipeline.flight.service import FlightService
+from fraiseql_pipeline.flight.signals import heard
 from fraiseql_pipeline.flight.threads import Threads
 from fraiseql_pipeline.flight.upload import uploads
 from fraiseql_pipeline.lake import Lake
@@ -201,22 +202,12 @@ class FlightServer:
 
         ``parent``: what it sends counts like a signal, and so does its end.
         """
-        # A signal may reach any thread of gRPC's, and then wakes no lock this one waits for: it has to come through a file descriptor.
-        told, teller = socket.socketpair()
-        teller.setblocking(False)
-        with told, teller:
-            descriptor = signal.set_wakeup_fd(teller.fileno())
-            heard = (signal.SIGTERM,) if parent is not None else (signal.SIGTERM, signal.SIGINT)
-            before = {number: signal.signal(number, lambda *_: None) for number in heard}
-            try:
-                if parent is not None:
-                    threading.Thread(target=_relay, args=(parent, teller), name="parent", daemon=True).start()
-                _log.info("signal %d: the Flight server stops, streams may finish for %g s", told.recv(1)[0], self._drain_seconds)
-                self._drain(told, teller)
-            finally:
-                signal.set_wakeup_fd(descriptor)
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+        numbers = (signal.SIGTERM,) if parent is not None else (signal.SIGTERM, signal.SIGINT)
+        with heard(*numbers) as (told, teller):
+            if parent is not None:
+                threading.Thread(target=_relay, args=(parent, teller), name="parent", daemon=True).start()
+            _log.info("signal %d: the Flight server stops, streams may finish for %g s", told.recv(1)[0], self._drain_seconds)
+            self._drain(told, teller)
 
     def _refuse(self, grace_seconds: float) -> threading.Event:
         """From here on no call is taken; set when every call has ended, by itself or at the end of the grace time."""

@@ -43,6 +43,7 @@ from fraiseql_pipeline.changelog import open_changelog
 from fraiseql_pipeline.errors import PipelineError, SettingsError
 from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
 from fraiseql_pipeline.flight.server import cannot_listen, check_address, serve
+from fraiseql_pipeline.flight.signals import heard
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 
@@ -277,7 +278,7 @@ class _Fleet:
 
 def _supervise(settings: Settings, insecure: bool, started: Callable[[Started], None]) -> None:
     with ExitStack() as stack:
-        told = stack.enter_context(_signals())
+        told, _ = stack.enter_context(heard(signal.SIGTERM, signal.SIGINT))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraiseql-metrics-")))
         address = stack.enter_context(_held_port(check_address(settings, insecure=insecure)))
         # Spawned processes inherit it; this one must not count into files.
@@ -330,22 +331,6 @@ def _tend(fleet: _Fleet, wanted: int, directory: Path, told: socket.socket) -> N
             except SettingsError as error:
                 _log.error("a Flight worker did not start: %s", error)
                 again = time.monotonic() + _MAX_PAUSE_SECONDS
-
-
-@contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """SIGTERM and SIGINT as bytes on a socket."""
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
-    with told, teller:
-        descriptor = signal.set_wakeup_fd(teller.fileno())
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield told
-        finally:
-            signal.set_wakeup_fd(descriptor)
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @contextmanager
