@@ -21,7 +21,8 @@ from fraiseql_pipeline.flight import protocol, session
 from fraiseql_pipeline.flight.auth import ADMIN, READ, Authenticator
 from fraiseql_pipeline.flight.edge import ANY, Call, Edge
 from fraiseql_pipeline.flight.limits import Slots
-from fraiseql_pipeline.flight.service import FlightService, parse
+from fraiseql_pipeline.flight.protocol import parse
+from fraiseql_pipeline.flight.service import FlightService
 from fraiseql_pipeline.lake import Lake
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
-from google.protobuf.message import DecodeError
 
 from fraiseql_pipeline.errors import TicketError
 from fraiseql_pipeline.flight import protocol
@@ -46,10 +45,7 @@ def exchange(
 
 def _tickets(requests: Iterator[bytes]) -> Iterator[bytes]:
     for number, request in enumerate(requests):
-        try:
-            message = protocol.FlightData.FromString(request)
-        except DecodeError:
-            raise TicketError("The request must be an arrow.flight.protocol.FlightData message.") from None
+        message = protocol.parse(protocol.FlightData, request)
         if message.data_body:
             raise TicketError("An exchange takes tickets, each as the metadata of a message, and no batches; DoPut takes events.")
         descriptor = message.flight_descriptor

@@ -22,7 +22,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from google.protobuf.message import DecodeError
 
 from fraiseql_pipeline.encoding import UUID, uuid_texts
 from fraiseql_pipeline.errors import FlightBusy, InputError
@@ -196,10 +195,7 @@ class Incoming:
             return None
         self._room.enter(self._presence)
         self._held = True
-        try:
-            return protocol.FlightData.FromString(request)
-        except DecodeError:
-            raise InputError("The request must be an arrow.flight.protocol.FlightData message.") from None
+        return protocol.parse(protocol.FlightData, request)
 
 
 def _unreadable() -> InputError:

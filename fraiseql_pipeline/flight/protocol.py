@@ -1,7 +1,7 @@
 """The messages of Arrow Flight, declared from the specification: no generated code, so no generator to match with the runtime.
 
-What lives here: the protobuf messages this server and its tests speak, as descriptors, and the name of the service. What must not:
-anything that knows events, tickets or gRPC.
+What lives here: the protobuf messages this server and its tests speak, as descriptors, how a request becomes one, and the name of the
+service. What must not: anything that knows events, tickets or gRPC.
 
 Source of the numbers: `Flight.proto` (https://arrow.apache.org/docs/format/Flight.html). A field that is missing here still travels:
 protobuf keeps what it does not know. The messages live in a pool of their own, so other libraries may register theirs.
@@ -15,6 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, timestamp_pb2
+from google.protobuf.message import DecodeError
+
+from fraiseql_pipeline.errors import InputError
 
 PACKAGE = "arrow.flight.protocol"
 SERVICE = f"{PACKAGE}.FlightService"
@@ -188,6 +191,14 @@ INVALID_NAME, INVALID_VALUE = 1, 2
 #: ``HealthCheckResponse.status``.
 HEALTH_SERVICE = "grpc.health.v1.Health"
 SERVING = 1
+
+
+def parse(kind: Any, request: bytes) -> Any:
+    """The request as a message of this kind. Raises ``InputError``."""
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        raise InputError(f"The request must be a message of type {kind.DESCRIPTOR.full_name}.") from None
 
 
 def retry_details(code: int, sentence: str, seconds: float) -> bytes:

@@ -19,8 +19,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from fraiseql_pipeline.encoding import Encoding, receipt_frames, stream_schema
 from fraiseql_pipeline.errors import LakeEmpty, PipelineError, TicketError
 from fraiseql_pipeline.flight import limits, protocol, session
@@ -31,6 +29,7 @@ from fraiseql_pipeline.flight.follow import follow
 from fraiseql_pipeline.flight.frames import FrameStore
 from fraiseql_pipeline.flight.live import Live
 from fraiseql_pipeline.flight.plan import Plan, plan
+from fraiseql_pipeline.flight.protocol import parse
 from fraiseql_pipeline.flight.signing import Signer
 from fraiseql_pipeline.flight.stream import FrameStreams, Sender, Sent
 from fraiseql_pipeline.flight.view import View, Views
@@ -322,11 +321,3 @@ class FlightService:
             profile, codec = Encoding.named(named)
             ticket = replace(ticket, profile=ticket.profile or profile, codec=ticket.codec or codec)
         return session.filled(ticket, session.from_cookies(call.header("cookie")))
-
-
-def parse(kind: Any, request: bytes) -> Any:
-    """The request as a message. Raises ``TicketError``."""
-    try:
-        return kind.FromString(request)
-    except DecodeError:
-        raise TicketError(f"The request must be a {kind.DESCRIPTOR.full_name} message.") from None
