@@ -7,7 +7,7 @@ Flight, an orchestrator.
     contract     what preflight found; preflight: readable, whole, countable?
     settle       settle and seal: which events can still appear
     projection   the column table as SQL
-    read         the events of a window as one stream; split: in parts, reader: by threads, session: over connections
+    read         the events of a window as one stream; split: in parts, reader: by threads, session: over connections; utf8: texts proved
     tail         events as they settle, for the Flight server
     counts       late events, audits, rows without a window
     append       events of producers; the only write

@@ -133,9 +133,8 @@ class Statements:
 
     def _within(self, part: Part) -> str:
         start, end = f"log.created_at >= '{self._time(part.start_us)}'", f"log.created_at < '{self._time(part.end_us)}'"
-        if (
-            part.instant
-        ):  # hidden from the planner: the index on created_at would lead through the whole instant for each of its pieces
+        if part.instant:
+            # Hidden from the planner: the index on created_at would lead through the whole instant for each of its pieces.
             start, end = f"({start}) IS TRUE", f"({end}) IS TRUE"
         terms = [start, end, f"log.pk_entity_change_log <= {part.upto_pk}"]
         if part.after_pk is not None:

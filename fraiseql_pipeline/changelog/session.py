@@ -40,7 +40,7 @@ from fraiseql_pipeline.event import BATCH_SCHEMA
 #: Planner: along the index on created_at, row by row in order, never the whole window sorted on the server's disk. Late events are few and
 #: spread over a window, so the planner is free there.
 _IN_ORDER = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_sort": "off"}
-_ALWAYS = {"max_parallel_workers_per_gather": "0", "work_mem": "32MB", "jit": "off"}
+_ALWAYS = {"max_parallel_workers_per_gather": "0", "work_mem": "32MB"}
 
 #: SQLSTATE of "one output row is larger than the server can build" (54000), or it ran out of memory or failed while building it; of a text
 #: that has no form in UTF-8 (22P05), or is none in the encoding of the database (22021); of a value whose pieces are lost or damaged (XX001).

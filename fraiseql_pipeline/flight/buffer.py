@@ -37,6 +37,7 @@ from fraiseql_pipeline.event import LAKE_SCHEMA, SORT_KEYS
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, window_of
 from fraiseql_pipeline.flight.segment import units
 from fraiseql_pipeline.validate import Validator
+from fraiseql_pipeline.window import FOREVER
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class _Hour:
     head_bytes: int = 0
     head_number: int = 0
     #: Highest time in a file that follows the others.
-    reach: int = -1 << 62
+    reach: int = -FOREVER
     #: The head as a file, for the readers of this very head: its number and the key it starts above, and the file.
     written: tuple[tuple[int, int], Held] | None = None
     validator: Validator | None = None

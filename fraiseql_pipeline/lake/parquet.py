@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fraiseql_pipeline.errors import LakeUnavailable
-from fraiseql_pipeline.event import PARTITION
+from fraiseql_pipeline.event import PARTITION, SORT_KEYS
 from fraiseql_pipeline.lake.storage import LocalStorage, ObjectStorage, storage_errors
 from fraiseql_pipeline.window import from_micros, to_micros
 
@@ -187,7 +187,6 @@ def _writer(
 ) -> pq.ParquetWriter:
     """``rows``: of the first row group. ``ordered``: rows will come in (timestamp, pk) order."""
     names = set(schema.names)
-    order = [("timestamp", "ascending"), ("pk", "ascending")]
     return pq.ParquetWriter(
         sink,
         schema,
@@ -199,7 +198,7 @@ def _writer(
         write_page_index=True,
         # Sized for this file: a filter for a full row group would be larger than a small window's data.
         bloom_filter_options={c: {"ndv": rows, "fpp": BLOOM_FALSE_POSITIVES} for c in BLOOM},
-        sorting_columns=pq.SortingColumn.from_ordering(schema, order) if ordered else None,
+        sorting_columns=pq.SortingColumn.from_ordering(schema, SORT_KEYS) if ordered else None,
         metadata_collector=footers,
     )
 

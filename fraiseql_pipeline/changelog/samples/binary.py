@@ -26,7 +26,8 @@ _TRAILER = b"\xff\xff"
 _NULL = b"\xff\xff\xff\xff"
 #: Microseconds from 1970 to 2000, where Postgres begins to count.
 _EPOCH_US = 946_684_800_000_000
-_INFINITY = 2**63 - 1
+#: A time that never comes; its negative is one that never was.
+INFINITY = 2**63 - 1
 _TEXT_OID = 25
 
 _Pieces: TypeAlias = tuple[pa.Array, ...]
@@ -36,7 +37,7 @@ def copied(rows: pl.DataFrame, types: Mapping[str, str]) -> tuple[bytes, memoryv
     """The data of ``COPY … FROM STDIN (FORMAT binary)`` for the columns of a frame in their order, in parts to be sent one by one.
 
     ``types``: column → type of the server. Of the frame: ``bigint``, ``integer``: integers; ``uuid``: 16 bytes; ``timestamp with time
-    zone``: microseconds since 1970, ±(2⁶³ − 1) for infinity; ``text``, ``jsonb``: text; ``text[]``: JSON of a list of texts, of one or two
+    zone``: microseconds since 1970, ±``INFINITY``; ``text``, ``jsonb``: text; ``text[]``: JSON of a list of texts, of one or two
     dimensions, few distinct ones. ``KeyError`` for another type.
     """
     pieces: list[pa.Array | bytes] = [len(rows.columns).to_bytes(2, "big")]
@@ -61,7 +62,7 @@ def _uuid(column: pl.Series) -> _Pieces:
 
 def _time(column: pl.Series) -> _Pieces:
     at = column.fill_null(0).to_numpy()
-    counted = np.where(at == _INFINITY, _INFINITY, np.where(at == -_INFINITY, -_INFINITY - 1, at - _EPOCH_US))
+    counted = np.where(at == INFINITY, INFINITY, np.where(at == -INFINITY, -INFINITY - 1, at - _EPOCH_US))
     return (_fixed(column, counted.astype(">i8")),)
 
 

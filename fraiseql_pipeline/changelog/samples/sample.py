@@ -28,6 +28,7 @@ from typing import Literal, Protocol, get_args
 
 import polars as pl
 
+from fraiseql_pipeline.changelog.samples.binary import INFINITY
 from fraiseql_pipeline.changelog.samples.lives import BLOCK, KINDS, Draws, Kind, joined, skeleton
 from fraiseql_pipeline.changelog.samples.typical import Typical
 from fraiseql_pipeline.changelog.samples.wide import Wide
@@ -61,9 +62,6 @@ COLUMNS: tuple[str, ...] = (
     "change_status",
     "extra_metadata",
 )
-
-
-INFINITY = 2**63 - 1
 
 #: Which events of an hour are unsound: the 61st, and every 397th after it.
 _UNSOUND_FIRST, _UNSOUND_EVERY = 60, 397
