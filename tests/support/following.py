@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -20,6 +19,7 @@ from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.support.reading import insert
+from tests.support.waiting import eventually
 
 HOUR = timedelta(hours=1)
 #: An hour that has ended, with the two before it.
@@ -54,13 +54,6 @@ class Followed:
 
     def keys(self, start: datetime | str = LAST - 3 * HOUR, **asked: Any) -> list[int]:
         return self.client.read(start=start, columns=KEYS, **asked)["pk"].to_pylist()
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 @contextmanager

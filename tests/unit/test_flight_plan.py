@@ -15,36 +15,7 @@ from fraiseql_pipeline.lake import Commit, Snapshot
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket
 from fraiseql_pipeline.window import Window, WindowSize
-
-START = datetime(2026, 11, 1, tzinfo=UTC)
-
-
-def hour(number: int) -> Window:
-    return Window(START + timedelta(hours=number), WindowSize.HOUR)
-
-
-def commit(window: Window, *, rows: int = 10, version: int = 1, state: str = "sealed") -> Commit:
-    return Commit(
-        window=window,
-        outcome="published",
-        table_version=version,
-        quarantine_version=None,
-        settled_pk=1,
-        state=state,
-        source_rows=rows,
-        accepted_rows=rows,
-        quarantined_rows=0,
-        content_hash="",
-        bytes=0,
-        run_id="",
-        committed_at=window.end,
-        settled_at=window.end,
-        identity="",
-    )
-
-
-def published(*hours: int) -> dict[Window, Commit]:
-    return {hour(number): commit(hour(number), version=number + 1) for number in hours}
+from tests.support.commits import START, commit, hour, published
 
 
 def view(windows: dict[Window, Commit]) -> View:

@@ -8,7 +8,7 @@ import pytest
 
 from fraiseql_pipeline.lake import Standing
 from fraiseql_pipeline.window import Window, WindowSize, count_missing, tile, tile_gaps
-from tests.unit.test_flight_plan import START, commit, hour, published
+from tests.support.commits import START, commit, hour, published
 
 
 def test_nothing_published_reaches_nowhere() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,19 +16,6 @@ from fraiseql_pipeline.window import Window, WindowSize, tile
 _TABLE = "core.tb_entity_change_log"
 _START = datetime(2026, 3, 29, 0, tzinfo=UTC)  # a day of 23 hours in Zurich
 _DAY = list(tile(_START, _START + timedelta(days=1), WindowSize.HOUR))
-
-
-@pytest.fixture
-def owner(changelog_url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(changelog_url, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def changelog(changelog_url: str) -> Iterator[ChangeLog]:
-    changelog = ChangeLog(changelog_url, Settings(database_url=changelog_url))
-    yield changelog
-    changelog.close()
 
 
 def _write(owner: psycopg.Connection[Any], *times: object) -> None:

@@ -46,12 +46,6 @@ _COLUMNS = f"SELECT attname FROM pg_attribute WHERE attrelid = '{_TABLE}'::regcl
 
 
 @pytest.fixture
-def owner(changelog_url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(changelog_url, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
 def stranger(owner: psycopg.Connection[Any]) -> Iterator[str]:
     """A role that may log in, and nothing else."""
     name = f"stranger_{os.urandom(6).hex()}"

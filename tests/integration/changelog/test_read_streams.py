@@ -9,9 +9,8 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from fraiseql_pipeline.errors import SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import EXTRACTED
 from tests.support.proxy import proxied
 from tests.support.reading import WINDOW, execute, expected_keys, fill, insert, keys, pool, read, reading
+from tests.support.waiting import eventually
 
 START = f"'{WINDOW.start}'::timestamptz"
 BACKENDS = """SELECT pid, state FROM pg_stat_activity
@@ -86,15 +86,6 @@ def backends(url: str) -> list[tuple[int, str]]:
 def busy(url: str) -> list[int]:
     """Backends of readers that are in a transaction, the leading one first."""
     return [pid for pid, state in backends(url) if state in {"active", "idle in transaction", "idle in transaction (aborted)"}]
-
-
-def eventually(what: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if what():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 SHAPES = {
@@ -209,7 +200,7 @@ def test_memory_in_flight_stays_below_the_buffer(changelog_url: str, tiny_parts:
     monkeypatch.setattr(read_module.Reading, "put", watched)
     with reading(changelog_url, read_connections=4) as batches:
         first = next(batches)
-        assert eventually(lambda: most + read_module.BATCH_BYTES > read_module.BUFFER_BYTES)
+        eventually(lambda: most + read_module.BATCH_BYTES > read_module.BUFFER_BYTES)
         rows = first.num_rows + sum(batch.num_rows for batch in batches)
     assert rows == 6000
     assert most <= read_module.BUFFER_BYTES + read_module.BATCH_BYTES
@@ -231,7 +222,7 @@ def test_connections_are_kept_between_windows(changelog_url: str) -> None:
         for _ in range(5):
             assert readers.read().num_rows == 1
         assert backends(changelog_url) == first
-    assert eventually(lambda: backends(changelog_url) == [])
+    eventually(lambda: backends(changelog_url) == [])
 
 
 def test_a_stream_left_early_leaves_nothing_behind(changelog_url: str, tiny_parts: None) -> None:
@@ -241,7 +232,7 @@ def test_a_stream_left_early_leaves_nothing_behind(changelog_url: str, tiny_part
             next(batches)
             assert busy(changelog_url)
         assert not [thread for thread in threading.enumerate() if thread.name == "changelog-reader"]
-        assert eventually(lambda: backends(changelog_url) == [])
+        eventually(lambda: backends(changelog_url) == [])
         assert readers.read().num_rows == 3000
 
 
@@ -252,7 +243,7 @@ def test_a_backend_lost_before_anything_was_handed_out_is_tried_again(changelog_
         blocker.execute("LOCK TABLE core.tb_entity_change_log")
         with readers.reading() as batches:
             waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'core.tb_entity_change_log'::regclass"
-            assert eventually(lambda: bool(execute(changelog_url, waiting)))
+            eventually(lambda: bool(execute(changelog_url, waiting)))
             execute(changelog_url, f"SELECT {how}(pid) FROM ({waiting}) AS waiting")
             blocker.rollback()
             assert sum(batch.num_rows for batch in batches) == 300
@@ -364,7 +355,7 @@ def test_a_network_that_falls_silent_is_an_error_and_not_a_wait_for_ever(
             with pytest.raises(SourceUnavailable, match="sent nothing"):
                 list(batches)
         proxy.cut()
-        assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("changelog-")])
+        eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("changelog-")])
 
 
 def test_a_statement_that_takes_too_long_is_an_error(changelog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,19 +49,6 @@ _KNOWN = {
 }
 
 
-@pytest.fixture
-def owner(changelog_url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(changelog_url, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def changelog(changelog_url: str) -> Iterator[ChangeLog]:
-    changelog = ChangeLog(changelog_url, Settings(database_url=changelog_url))
-    yield changelog
-    changelog.close()
-
-
 @dataclass(frozen=True)
 class _Filled:
     """A log that was filled once for the tests that only look at it."""

@@ -22,9 +22,9 @@ from fraiseql_pipeline.flight.server import FlightServer, serve
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
-from tests.support.following import eventually
 from tests.support.lakes import publish
 from tests.support.reading import insert
+from tests.support.waiting import eventually
 
 HOUR = timedelta(hours=1)
 

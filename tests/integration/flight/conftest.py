@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,6 +33,23 @@ def publish(lake: Lake, window: Window, events: pa.Table, *, state: str = "seale
             settled_pk=2**62, state=state, identity="test", run_id="test", settled_at=window.end, source_rows=events.num_rows
         )
         return lake.commit(staged, facts, force=True, allow_shrink=True)
+
+
+#: Events of a window that is more than the buffers between a server and a client that does not read can hold; a ticket for them.
+ROWS = 200_000
+EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
+#: The same, uncompressed: far more than what gRPC buffers on a busy machine, where its windows grow.
+HELD = json.dumps(
+    {"type": "events", "entity_type": "*", "start": "2026-11-01", "end": "2026-11-01T01:00:00", "batch_size": 1000, "codec": "none"}
+)
+
+
+@pytest.fixture(scope="session")
+def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A lake with one large window, for tests that change nothing."""
+    uri = str(tmp_path_factory.mktemp("large") / "lake")
+    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
+    return uri
 
 
 def nothing() -> pa.Table:

@@ -33,8 +33,8 @@ from fraiseql_pipeline.flight.server import FlightServer, serve
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
-from tests.integration.flight.test_limits import eventually
 from tests.support.events import TENANTS, lake_events
+from tests.support.waiting import eventually
 
 TICKET = b"events:*:2026-11-01:2026-11-01T01:00:00:1000"
 SECRET = "a secret of the tests, thirty-two bytes and more"

@@ -29,8 +29,8 @@ from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
+from tests.support.commits import commit
 from tests.support.events import lake_events
-from tests.unit.test_flight_plan import commit
 
 ALL = flight.FlightDescriptor.for_command("events:*:2026-11-01:2026-11-02:10000")
 ALL_OF_IT = flight.Ticket(ALL.command)

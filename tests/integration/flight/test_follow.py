@@ -16,8 +16,9 @@ from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import follow as module
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
-from tests.support.following import HOUR, Followed, Follower, eventually, followed
+from tests.support.following import HOUR, Followed, Follower, followed
 from tests.support.reading import fill
+from tests.support.waiting import eventually
 
 
 def test_a_follower_gets_nothing_up_to_the_key_it_has(live: Followed) -> None:

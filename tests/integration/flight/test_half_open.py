@@ -19,8 +19,9 @@ from fraiseql_pipeline.flight.limits import PROBES_EACH, SHORT_CALLS_EACH
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from tests.integration.flight.conftest import hour, publish
-from tests.integration.flight.test_limits import cuts, eventually
+from tests.support.counting import cuts
 from tests.support.events import lake_events
+from tests.support.waiting import eventually
 
 EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
 ROWS = 1000

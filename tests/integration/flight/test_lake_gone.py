@@ -20,8 +20,9 @@ from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import hour, publish
 from tests.support.events import lake_events
-from tests.support.following import HOUR, LAST, Followed, eventually
+from tests.support.following import HOUR, LAST, Followed
 from tests.support.reading import execute
+from tests.support.waiting import eventually
 
 ALL = "events:*:2026-11-01T00:00:00Z:2026-11-01T02:00:00Z:10000"
 AGAIN = "was there before and is not there at the moment"

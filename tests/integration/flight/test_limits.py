@@ -28,38 +28,10 @@ from fraiseql_pipeline.flight.presence import ClientGone
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
-from tests.integration.flight.conftest import hour, publish
+from tests.integration.flight.conftest import EVERYTHING, HELD, ROWS, hour, publish
+from tests.support.counting import cuts, in_progress
 from tests.support.events import TENANTS, lake_events
-
-ROWS = 200_000
-EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
-#: The same, uncompressed: far more than what gRPC buffers on a busy machine, where its windows grow.
-HELD = json.dumps(
-    {"type": "events", "entity_type": "*", "start": "2026-11-01", "end": "2026-11-01T01:00:00", "batch_size": 1000, "codec": "none"}
-)
-
-
-@pytest.fixture(scope="module")
-def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One window, more of it than the buffers between a server and a client that does not read can hold."""
-    uri = str(tmp_path_factory.mktemp("limits") / "lake")
-    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
-    return uri
-
-
-def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
-
-
-def in_progress(server: FlightServer) -> float | None:
-    return server.metrics.registry.get_sample_value("fraiseql_pipeline_flight_streams_in_progress")
-
-
-def cuts(server: FlightServer, reason: str) -> float | None:
-    return server.metrics.registry.get_sample_value("fraiseql_pipeline_flight_streams_cut_total", {"reason": reason})
+from tests.support.waiting import eventually
 
 
 def test_a_reader_that_stalls_is_cut_and_told_why(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:

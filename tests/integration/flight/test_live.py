@@ -28,9 +28,10 @@ from fraiseql_pipeline.window import Window, WindowSize, as_utc
 from tests.end_to_end.test_completeness import FastClock, publish
 from tests.integration.flight.conftest import publish as publish_from_elsewhere
 from tests.support.events import lake_events
-from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, eventually, followed
+from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, followed
 from tests.support.proxy import proxied
 from tests.support.reading import execute, insert
+from tests.support.waiting import eventually
 from tests.support.writers import Writers
 
 

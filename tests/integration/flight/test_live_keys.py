@@ -30,8 +30,9 @@ from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.window import Window, WindowSize
 from tests.integration.flight.conftest import publish
 from tests.support.events import TENANTS, lake_events
-from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, eventually, followed
+from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, followed
 from tests.support.reading import execute, insert
+from tests.support.waiting import eventually
 
 
 def read(client: Client, ticket: str | None = None, **asked: Any) -> tuple[list[int], Receipt]:

@@ -13,8 +13,8 @@ from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from tests.integration.flight.conftest import hour, publish
-from tests.integration.flight.test_live import HOUR, LAST, Followed, followed
 from tests.support.events import lake_events
+from tests.support.following import HOUR, LAST, Followed, followed
 
 Clean = Callable[[Path], None]
 

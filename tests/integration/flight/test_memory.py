@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,34 +12,17 @@ from pyarrow import flight
 from fraiseql_pipeline.lake import Lake
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
 from tests.support.events import lake_events
+from tests.support.servers import Start, processes
+from tests.support.waiting import eventually
 
 ROWS = 150_000
 WINDOWS = 6
-PROGRAM = """
-from fraiseql_pipeline.flight.server import serve
-from fraiseql_pipeline.settings import Settings
-with serve(Settings()) as server:
-    print(server.port, flush=True)
-    server.run_until_signal()
-"""
 
 
-@contextmanager
-def served(lake_uri: str, directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its URL."""
-    environment = os.environ | {
-        "FRAISEQL_LAKE_URI": lake_uri,
-        "FRAISEQL_START": MIDNIGHT.isoformat(),
-        "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
-        "FRAISEQL_ARROW_FLIGHT_CACHE_DIR": str(directory / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-    }
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            yield server, f"grpc://127.0.0.1:{int(server.stdout.readline())}"
-        finally:
-            server.kill()
+@pytest.fixture
+def start(lake: Lake, tmp_path: Path) -> Iterator[Start]:
+    with processes(lake.uri, MIDNIGHT, tmp_path) as start:
+        yield start
 
 
 def private_mib(pid: int) -> float:
@@ -87,34 +65,30 @@ class Peak:
 
 
 @pytest.mark.slow
-def test_streams_that_are_abandoned_give_their_memory_back(tmp_path: Path) -> None:
-    lake = Lake(str(tmp_path / "lake"))
+def test_streams_that_are_abandoned_give_their_memory_back(lake: Lake, start: Start) -> None:
     publish(lake, hour(0), lake_events(hour(0), ROWS))
     ticket = flight.Ticket(f"events:*:{hour(0).start.isoformat()}:{hour(0).end.isoformat()}:1000".encode())
-    with served(lake.uri, tmp_path) as (server, url):
+    server, url, _ = start()
 
-        def abandon(streams: int) -> float:
-            """Private memory when so many streams were begun, and left in the middle."""
-            for _ in range(streams):
-                with flight.connect(url) as client:
-                    client.do_get(ticket).read_chunk()  # the connection ends with the block, not the stream
-            deadline = time.monotonic() + 5
-            while open_frames(server.pid) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert open_frames(server.pid) == 0, "files of streams that nobody reads"
-            return private_mib(server.pid)
+    def abandon(streams: int) -> float:
+        """Private memory when so many streams were begun, and left in the middle."""
+        for _ in range(streams):
+            with flight.connect(url) as client:
+                client.do_get(ticket).read_chunk()  # the connection ends with the block, not the stream
+        eventually(lambda: not open_frames(server.pid))  # files of streams that nobody reads
+        return private_mib(server.pid)
 
-        first = abandon(20)
-        assert abandon(60) <= first + 30, "of 60 streams, each of which may hold some frames of 0.5 MB"
+    first = abandon(20)
+    assert abandon(60) <= first + 30, "of 60 streams, each of which may hold some frames of 0.5 MB"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_a_first_read_of_many_windows_needs_no_more_memory_than_one_of_a_few(tmp_path: Path, codec: str) -> None:
-    lake = Lake(str(tmp_path / "lake"))
+def test_a_first_read_of_many_windows_needs_no_more_memory_than_one_of_a_few(lake: Lake, start: Start, codec: str) -> None:
     for number in range(WINDOWS):
         publish(lake, hour(number), lake_events(hour(number), ROWS))
-    with served(lake.uri, tmp_path) as (server, url), flight.connect(url) as client:
+    server, url, _ = start()
+    with flight.connect(url) as client:
 
         def read(first: int, last: int) -> float:
             ticket = f'{{"type": "events", "entity_type": "*", "codec": "{codec}", "start": "{hour(first).start.isoformat()}", "end": "{hour(last).end.isoformat()}"}}'

@@ -15,9 +15,9 @@ from fraiseql_pipeline.flight.metrics import LakeState, MetricsServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import hour, publish
-from tests.integration.flight.test_limits import eventually
-from tests.integration.flight.test_operations import get
+from tests.support.counting import get
 from tests.support.events import lake_events
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

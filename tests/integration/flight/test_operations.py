@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,35 +21,11 @@ from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.flight.workers import run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
-from tests.integration.flight.conftest import MIDNIGHT, hour, publish
-from tests.integration.flight.test_limits import HELD, eventually, in_progress
+from tests.integration.flight.conftest import EVERYTHING, HELD, MIDNIGHT, ROWS, hour
+from tests.support.counting import get, in_progress, samples
 from tests.support.events import lake_events
 from tests.support.lakes import publish as publish_rows
-
-ROWS = 200_000
-EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
-
-
-@pytest.fixture(scope="module")
-def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = str(tmp_path_factory.mktemp("operations") / "lake")
-    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
-    return uri
-
-
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def samples(text: str) -> dict[str, float]:
-    """Series → value, of the exposition format."""
-    return {series: float(value) for series, value in re.findall(r"^([a-z_]+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)}
-
+from tests.support.waiting import eventually
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,56 +18,20 @@ from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer, serve
 from fraiseql_pipeline.lake import Lake, Snapshot
 from fraiseql_pipeline.settings import Settings
-from tests.integration.flight.conftest import MIDNIGHT, hour, publish
+from tests.integration.flight.conftest import EVERYTHING, MIDNIGHT, ROWS, hour, publish
 from tests.support.events import lake_events
-from tests.support.following import eventually
-
-ROWS = 200_000
-EVERYTHING = "events:*:2026-11-01:2026-11-01T01:00:00:1000"
-PROGRAM = """
-from fraiseql_pipeline.flight.server import serve
-from fraiseql_pipeline.settings import Settings
-with serve(Settings()) as server:
-    print(server.port, flush=True)
-    server.run_until_signal()
-"""
-
-
-@pytest.fixture(scope="module")
-def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A lake with one window, more of it than the buffers between a server and a client that does not read can hold."""
-    uri = str(tmp_path_factory.mktemp("large") / "lake")
-    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
-    return uri
+from tests.support.servers import Start, processes
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
-def process(lake_uri: str) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    running: list[subprocess.Popen[str]] = []
-
-    def run(**environment: str) -> tuple[subprocess.Popen[str], str]:
-        chosen = {
-            "FRAISEQL_LAKE_URI": lake_uri,
-            "FRAISEQL_START": MIDNIGHT.isoformat(),
-            "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
-            "PYTHONPATH": str(Path(__file__).parents[3]),
-            **environment,
-        }
-        running.append(subprocess.Popen([sys.executable, "-c", PROGRAM], env=chosen, stdout=subprocess.PIPE, text=True))
-        assert running[-1].stdout is not None
-        return running[-1], f"grpc://127.0.0.1:{int(running[-1].stdout.readline())}"
-
-    yield run
-    for server in running:
-        server.kill()
-        server.communicate()
+def start(lake_uri: str, tmp_path: Path) -> Iterator[Start]:
+    with processes(lake_uri, MIDNIGHT, tmp_path) as start:
+        yield start
 
 
-Process = Callable[..., tuple[subprocess.Popen[str], str]]
-
-
-def test_a_server_killed_in_the_middle_of_a_stream_gives_its_clients_an_error(process: Process) -> None:
-    server, url = process()
+def test_a_server_killed_in_the_middle_of_a_stream_gives_its_clients_an_error(start: Start) -> None:
+    server, url, _ = start()
     with flight.connect(url) as stock, connect(url) as ours:
         reader = stock.do_get(flight.Ticket(EVERYTHING))
         reader.read_chunk()
@@ -82,8 +44,8 @@ def test_a_server_killed_in_the_middle_of_a_stream_gives_its_clients_an_error(pr
             stream.read_all()
 
 
-def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(process: Process) -> None:
-    server, url = process()
+def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(start: Start) -> None:
+    server, url, _ = start()
     with flight.connect(url) as client:
         reader = client.do_get(flight.Ticket(EVERYTHING))
         rows = reader.read_chunk().data.num_rows
@@ -102,8 +64,8 @@ def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(process: Proc
     assert server.wait(30) == 0
 
 
-def test_a_reader_that_does_not_read_cannot_hold_up_the_end(process: Process) -> None:
-    server, url = process(FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="0.5")
+def test_a_reader_that_does_not_read_cannot_hold_up_the_end(start: Start) -> None:
+    server, url, _ = start(FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="0.5")
     with flight.connect(url) as client:
         reader = client.do_get(flight.Ticket(EVERYTHING))
         reader.read_chunk()
@@ -113,8 +75,8 @@ def test_a_reader_that_does_not_read_cannot_hold_up_the_end(process: Process) ->
             reader.read_all()
 
 
-def test_a_second_signal_ends_the_streams_at_once(process: Process) -> None:
-    server, url = process(FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="3600")
+def test_a_second_signal_ends_the_streams_at_once(start: Start) -> None:
+    server, url, _ = start(FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="3600")
     with flight.connect(url) as client:
         reader = client.do_get(flight.Ticket(EVERYTHING))
         reader.read_chunk()
@@ -183,12 +145,7 @@ def test_an_abandoned_stream_frees_its_slot(lake_uri: str, start_server: Callabl
     with connect(server.url) as client:
         for _ in range(500):
             try:
-                assert (
-                    client.read(
-                        EVERYTHING,
-                    ).num_rows
-                    == ROWS
-                )
+                assert client.read(EVERYTHING).num_rows == ROWS
                 return
             except FlightUnavailable:
                 time.sleep(0.01)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -21,68 +21,17 @@ from fraiseql_pipeline.flight.server import serve
 from fraiseql_pipeline.flight.workers import _COUNTS, run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
-from tests.integration.flight.conftest import MIDNIGHT, hour, publish
-from tests.integration.flight.test_limits import HELD, eventually
-from tests.integration.flight.test_operations import EVERYTHING, ROWS, get, samples
+from tests.integration.flight.conftest import EVERYTHING, HELD, MIDNIGHT, ROWS, hour, publish
+from tests.support.counting import get, samples
 from tests.support.events import lake_events
-
-PROGRAM = """
-from fraiseql_pipeline.flight.workers import run
-from fraiseql_pipeline.settings import Settings
-if __name__ == "__main__":
-    run(Settings(), started=lambda where: print(where.url, where.metrics_url, flush=True))
-"""
-
-Start = Callable[..., tuple["subprocess.Popen[str]", str, str]]
-
-
-@pytest.fixture(scope="module")
-def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = str(tmp_path_factory.mktemp("workers") / "lake")
-    publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
-    return uri
+from tests.support.servers import Start, processes, workers_of
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
 def start(lake_uri: str, tmp_path: Path) -> Iterator[Start]:
-    running: list[subprocess.Popen[str]] = []
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-
-    def run_program(**environment: str) -> tuple[subprocess.Popen[str], str, str]:
-        chosen = {
-            "FRAISEQL_LAKE_URI": lake_uri,
-            "FRAISEQL_START": MIDNIGHT.isoformat(),
-            "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
-            "FRAISEQL_METRICS_BIND": "127.0.0.1:0",
-            "PYTHONPATH": str(Path(__file__).parents[3]),
-            "TMPDIR": str(tmp_path),
-            **environment,
-        }
-        running.append(
-            subprocess.Popen([sys.executable, str(program)], env=chosen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-        assert running[-1].stdout is not None
-        url, metrics_url = running[-1].stdout.readline().split()
-        return running[-1], url, metrics_url
-
-    yield run_program
-    for process in running:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        for child in [*children, process]:
-            child.kill()
-        process.communicate()
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process(process.pid).children():
-        try:
-            if "spawn_main" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:  # it has just ended
-            continue
-    return found
+    with processes(lake_uri, MIDNIGHT, tmp_path) as start:
+        yield start
 
 
 def read_whole(url: str) -> int:
