@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,6 +51,12 @@ def lake_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("large") / "lake")
     publish(Lake(uri), hour(0), lake_events(hour(0), ROWS))
     return uri
+
+
+#: What no answer of a server may tell.
+INSIDE = re.compile(
+    rb"Traceback|File \"|\.py\b|site-packages|/(?:tmp|home|root)/|\.parquet|_delta_log|postgres(ql)?://|SELECT |Error\("
+)
 
 
 def nothing() -> pa.Table:

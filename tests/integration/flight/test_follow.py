@@ -1,4 +1,4 @@
-"""Streams that go on: keys that another server reached, events that few want, and events that nobody can be sent."""
+"""Streams that go on: every event as it settles, whoever falls behind, is cut, or has read at another server before."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from pyarrow import flight
 
+from fraiseql_pipeline import connect
 from fraiseql_pipeline.errors import FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import follow as module
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
-from tests.support.following import HOUR, Followed, Follower, followed
+from tests.support.following import HOUR, LAST, Followed, Follower, followed
 from tests.support.reading import fill
 from tests.support.waiting import eventually
 
@@ -177,5 +178,138 @@ def test_an_event_that_nanoseconds_cannot_hold_ends_no_stream(live: Followed) ->
     eventually(lambda: plain.keys == [*first, *later])
     for one in (plain, keys):
         assert one.error is None
+        one.stream.close()
+        one.ended()
+
+
+def test_a_follower_gets_the_past_and_then_every_event_as_it_settles(live: Followed) -> None:
+    past = live.write(LAST, 2)
+    live.materialize(LAST)
+    past += live.write(datetime.now(UTC))
+    live.reaches(past[-1])
+    one = Follower(live.client, start=LAST - HOUR)
+    eventually(lambda: one.keys == past)
+    late = live.write(LAST)
+    eventually(lambda: one.keys == [*past, *late])
+    now = live.write(datetime.now(UTC), 5)
+    eventually(lambda: one.keys == [*past, *late, *now])
+    eventually(lambda: one.stream.settled_pk == now[-1])
+    live.server.stop(5)
+    one.ended()
+    assert one.error is None
+    assert one.stream.receipt is not None
+    assert one.stream.receipt.rows == len(one.keys)
+    assert one.stream.receipt.settled_pk == now[-1]
+
+
+@pytest.mark.parametrize("profile", ["plain", "compact+zstd", "compact+lz4"])
+def test_followers_get_only_what_they_asked_for(live: Followed, profile: str) -> None:
+    with connect(live.server.url, profile=profile) as client:
+        orders = Follower(client, entity_types=["Order"], columns=["pk", "entity_type", "event_id", "org_id"])
+        few = Follower(client, limit=2)
+        live.write(datetime.now(UTC), object_type="User")
+        wanted = live.write(datetime.now(UTC), 3)
+        live.write(LAST, object_type="Order")  # before its start
+        eventually(lambda: orders.keys == wanted)
+        few.ended()
+        assert few.error is None
+        assert len(few.keys) == 2
+        orders.stream.close()
+        orders.ended()
+
+
+def test_dictionaries_outlast_what_is_said_between_events(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
+    past = live.write(datetime.now(UTC))
+    live.reaches(past[-1])
+    with connect(live.server.url, profile="compact") as client:
+        one = Follower(client, start="now-1h", columns=["pk", "entity_type", "event_type"])
+        eventually(lambda: one.keys == past)
+        for number in range(2):
+            said = len(one.batches)
+            new = live.write(datetime.now(UTC))
+            eventually(lambda said=said: len(one.batches) > said or one.error is not None)  # type: ignore[misc]
+            assert one.error is None, number
+            assert one.batches[-1].to_pylist() == [{"pk": new[0], "entity_type": "Order", "event_type": "Created"}]
+        one.stream.close()
+        one.ended()
+
+
+def test_a_follower_that_was_cut_goes_on_where_it_was(live: Followed) -> None:
+    first = Follower(live.client)
+    written = live.write(datetime.now(UTC), 2)
+    eventually(lambda: first.stream.settled_pk == written[-1])
+    assert first.keys == written
+    first.stream.close()
+    first.ended()
+    missed = live.write(datetime.now(UTC), 3)
+    second = Follower(live.client, start=LAST, after_pk=first.stream.settled_pk)
+    eventually(lambda: second.keys == missed)
+    second.stream.close()
+    second.ended()
+
+
+def test_a_follower_that_fell_behind_reads_what_it_missed(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fraiseql_pipeline.flight import rounds
+
+    monkeypatch.setattr(rounds, "ROUNDS_BYTES", 0)  # one round is kept
+    gate = threading.Event()
+    gate.set()
+    turn = module._turn
+
+    def held_up(*arguments: Any) -> Iterator[bytes]:
+        gate.wait(30)
+        return turn(*arguments)
+
+    monkeypatch.setattr(module, "_turn", held_up)
+    one = Follower(live.client)
+    written = live.write(datetime.now(UTC))
+    eventually(lambda: one.keys == written)
+    gate.clear()
+    for _ in range(3):
+        written += live.write(datetime.now(UTC))
+        live.reaches(written[-1])
+    gate.set()
+    eventually(lambda: one.keys == written)
+    one.stream.close()
+    one.ended()
+
+
+def test_a_stream_that_follows_ends_with_its_receipt_before_its_time_is_over(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with followed(changelog_url, lake, start_server, arrow_flight_max_stream_seconds=1.0) as live:
+        one = Follower(live.client)
+        one.ended()
+        assert one.error is None
+        assert one.stream.receipt is not None
+        assert one.stream.receipt.next_ticket is not None
+        assert '"follow":true' in one.stream.receipt.next_ticket
+
+
+def test_a_stream_can_follow_up_to_a_time(live: Followed) -> None:
+    end = datetime.now(UTC) + timedelta(seconds=1)
+    one = Follower(live.client, end=end)
+    inside, outside = live.write(datetime.now(UTC)), live.write(end)
+    one.ended()
+    assert one.error is None
+    assert one.keys == inside
+    assert outside
+
+
+@pytest.mark.parametrize("asked", [{"end": "now-1h", "start": "now-2h"}, {"table_version": 0}])
+def test_what_cannot_be_followed_is_refused(live: Followed, asked: dict[str, Any]) -> None:
+    with pytest.raises(TicketError, match='with "follow" must end now or later, and name no "table_version"'):
+        live.client.read(**{"start": "now-1h", "follow": True, **asked})
+
+
+def test_what_settles_is_followed_whatever_was_to_be_published(
+    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
+) -> None:
+    with followed(changelog_url, lake, start_server, start=datetime(2030, 1, 1, tzinfo=UTC)) as live:
+        one = Follower(live.client)
+        written = live.write(datetime.now(UTC))
+        eventually(lambda: one.keys == written)
         one.stream.close()
         one.ended()

@@ -20,8 +20,7 @@ from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
-from tests.integration.flight.conftest import hour, publish
-from tests.integration.flight.test_tenants import INSIDE
+from tests.integration.flight.conftest import INSIDE, hour, publish
 from tests.support.events import lake_events
 
 TICKET = b"events:*:2026-11-01:2026-11-01T02:00:00Z:1000"

@@ -1,12 +1,9 @@
-"""Reads up to now: the lake and what has settled since, joined without a gap or a double; and streams that go on."""
+"""Reads up to now: the lake and what has settled since, joined without a gap or a double, and what there is without a log."""
 
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,21 +15,18 @@ from pyarrow import flight
 from fraiseql_pipeline import connect, pipeline
 from fraiseql_pipeline.changelog import ChangeLog, open_changelog
 from fraiseql_pipeline.errors import FlightUnavailable, SourceRefused, TicketError
-from fraiseql_pipeline.flight import follow as following_module
 from fraiseql_pipeline.flight import live as live_module
 from fraiseql_pipeline.flight.client import Client
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.window import Window, WindowSize, as_utc
-from tests.end_to_end.test_completeness import FastClock, publish
-from tests.integration.flight.conftest import publish as publish_from_elsewhere
+from fraiseql_pipeline.window import Window, WindowSize
+from tests.integration.flight.conftest import publish
 from tests.support.events import lake_events
 from tests.support.following import HOUR, KEYS, LAST, Followed, Follower, followed
 from tests.support.proxy import proxied
 from tests.support.reading import execute, insert
 from tests.support.waiting import eventually
-from tests.support.writers import Writers
 
 
 def test_events_are_readable_when_they_have_settled_and_once_they_are_published(live: Followed) -> None:
@@ -242,146 +236,10 @@ def test_what_is_published_is_served_while_the_database_is_silent(
         assert live.keys(start=LAST) == written
 
 
-# --------------------------------------------------------------------------------------------------------------- follow
-
-
-def test_a_follower_gets_the_past_and_then_every_event_as_it_settles(live: Followed) -> None:
-    past = live.write(LAST, 2)
-    live.materialize(LAST)
-    past += live.write(datetime.now(UTC))
-    live.reaches(past[-1])
-    one = Follower(live.client, start=LAST - HOUR)
-    eventually(lambda: one.keys == past)
-    late = live.write(LAST)
-    eventually(lambda: one.keys == [*past, *late])
-    now = live.write(datetime.now(UTC), 5)
-    eventually(lambda: one.keys == [*past, *late, *now])
-    eventually(lambda: one.stream.settled_pk == now[-1])
-    live.server.stop(5)
-    one.ended()
-    assert one.error is None
-    assert one.stream.receipt is not None
-    assert one.stream.receipt.rows == len(one.keys)
-    assert one.stream.receipt.settled_pk == now[-1]
-
-
-@pytest.mark.parametrize("profile", ["plain", "compact+zstd", "compact+lz4"])
-def test_followers_get_only_what_they_asked_for(live: Followed, profile: str) -> None:
-    with connect(live.server.url, profile=profile) as client:
-        orders = Follower(client, entity_types=["Order"], columns=["pk", "entity_type", "event_id", "org_id"])
-        few = Follower(client, limit=2)
-        live.write(datetime.now(UTC), object_type="User")
-        wanted = live.write(datetime.now(UTC), 3)
-        live.write(LAST, object_type="Order")  # before its start
-        eventually(lambda: orders.keys == wanted)
-        few.ended()
-        assert few.error is None
-        assert len(few.keys) == 2
-        orders.stream.close()
-        orders.ended()
-
-
-def test_dictionaries_outlast_what_is_said_between_events(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following_module, "HEARTBEAT_SECONDS", 0.01)
-    monkeypatch.setattr(following_module, "_LOOK_SECONDS", 0.01)
-    past = live.write(datetime.now(UTC))
-    live.reaches(past[-1])
-    with connect(live.server.url, profile="compact") as client:
-        one = Follower(client, start="now-1h", columns=["pk", "entity_type", "event_type"])
-        eventually(lambda: one.keys == past)
-        for number in range(2):
-            said = len(one.batches)
-            new = live.write(datetime.now(UTC))
-            eventually(lambda said=said: len(one.batches) > said or one.error is not None)  # type: ignore[misc]
-            assert one.error is None, number
-            assert one.batches[-1].to_pylist() == [{"pk": new[0], "entity_type": "Order", "event_type": "Created"}]
-        one.stream.close()
-        one.ended()
-
-
-def test_a_follower_that_was_cut_goes_on_where_it_was(live: Followed) -> None:
-    first = Follower(live.client)
-    written = live.write(datetime.now(UTC), 2)
-    eventually(lambda: first.stream.settled_pk == written[-1])
-    assert first.keys == written
-    first.stream.close()
-    first.ended()
-    missed = live.write(datetime.now(UTC), 3)
-    second = Follower(live.client, start=LAST, after_pk=first.stream.settled_pk)
-    eventually(lambda: second.keys == missed)
-    second.stream.close()
-    second.ended()
-
-
-def test_a_follower_that_fell_behind_reads_what_it_missed(live: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fraiseql_pipeline.flight import rounds
-
-    monkeypatch.setattr(rounds, "ROUNDS_BYTES", 0)  # one round is kept
-    gate = threading.Event()
-    gate.set()
-    turn = following_module._turn
-
-    def held_up(*arguments: Any) -> Iterator[bytes]:
-        gate.wait(30)
-        return turn(*arguments)
-
-    monkeypatch.setattr(following_module, "_turn", held_up)
-    one = Follower(live.client)
-    written = live.write(datetime.now(UTC))
-    eventually(lambda: one.keys == written)
-    gate.clear()
-    for _ in range(3):
-        written += live.write(datetime.now(UTC))
-        live.reaches(written[-1])
-    gate.set()
-    eventually(lambda: one.keys == written)
-    one.stream.close()
-    one.ended()
-
-
-def test_a_stream_that_follows_ends_with_its_receipt_before_its_time_is_over(
-    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
-) -> None:
-    with followed(changelog_url, lake, start_server, arrow_flight_max_stream_seconds=1.0) as live:
-        one = Follower(live.client)
-        one.ended()
-        assert one.error is None
-        assert one.stream.receipt is not None
-        assert one.stream.receipt.next_ticket is not None
-        assert '"follow":true' in one.stream.receipt.next_ticket
-
-
-def test_a_stream_can_follow_up_to_a_time(live: Followed) -> None:
-    end = datetime.now(UTC) + timedelta(seconds=1)
-    one = Follower(live.client, end=end)
-    inside, outside = live.write(datetime.now(UTC)), live.write(end)
-    one.ended()
-    assert one.error is None
-    assert one.keys == inside
-    assert outside
-
-
-@pytest.mark.parametrize("asked", [{"end": "now-1h", "start": "now-2h"}, {"table_version": 0}])
-def test_what_cannot_be_followed_is_refused(live: Followed, asked: dict[str, Any]) -> None:
-    with pytest.raises(TicketError, match='with "follow" must end now or later, and name no "table_version"'):
-        live.client.read(**{"start": "now-1h", "follow": True, **asked})
-
-
-def test_what_settles_is_followed_whatever_was_to_be_published(
-    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
-) -> None:
-    with followed(changelog_url, lake, start_server, start=datetime(2030, 1, 1, tzinfo=UTC)) as live:
-        one = Follower(live.client)
-        written = live.write(datetime.now(UTC))
-        eventually(lambda: one.keys == written)
-        one.stream.close()
-        one.ended()
-
-
 def test_a_log_the_lake_was_not_published_from_is_not_followed(
     changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer]
 ) -> None:
-    publish_from_elsewhere(lake, Window(LAST, WindowSize.HOUR), lake_events(Window(LAST, WindowSize.HOUR), 10))
+    publish(lake, Window(LAST, WindowSize.HOUR), lake_events(Window(LAST, WindowSize.HOUR), 10))
     with connect(start_server(lake, database_url=changelog_url, start=LAST).url) as client:
         assert client.read(start=LAST).num_rows == 10, "the lake is served all the same"
         eventually(lambda: refusal(client) is SourceRefused)
@@ -435,60 +293,6 @@ def test_what_is_shown_of_following_moves(live: Followed) -> None:
     began = shown()["fraiseql_pipeline_live_settled_timestamp_seconds"]
     eventually(lambda: shown()["fraiseql_pipeline_live_settled_timestamp_seconds"] > began)
     live.client.read(start="now-1h")
-
-
-# ---------------------------------------------------------------------------------------------------------- completeness
-
-
-@pytest.mark.timeout(0)
-def test_every_read_up_to_now_holds_every_settled_event_once(
-    changelog_url: str, lake: Lake, start_server: Callable[..., FlightServer], run_seconds: float
-) -> None:
-    clock = FastClock(changelog_url, run_seconds)
-    start = clock._base - 24 * HOUR
-    settings = Settings(database_url=changelog_url, lake_uri=lake.uri, start=start, seal_timeout_seconds=0, max_rejected_share=1)
-    server = start_server(lake, database_url=changelog_url, start=start)
-    log = ChangeLog(changelog_url, settings)
-    reads: list[tuple[int, Counter[int]]] = []
-    with connect(server.url) as client:
-        service = server._service.live
-        assert service is not None
-        eventually(lambda: service.up)
-        one = Follower(client, start=start)
-        with Writers(changelog_url, sessions=8) as writers:
-            until = time.monotonic() + run_seconds
-            published = threading.Thread(target=lambda: _publish_until(until, clock, settings, log, lake))
-            published.start()
-            while time.monotonic() < until:
-                with client.stream(start=start, columns=["pk"]) as stream:
-                    found = Counter(stream.read_all()["pk"].to_pylist())
-                assert stream.receipt is not None
-                assert stream.receipt.settled_pk is not None
-                reads.append((stream.receipt.settled_pk, found))
-                writers.run_for(0.05)
-            published.join()
-        sound = {
-            pk: as_utc(at)
-            for pk, at in execute(
-                changelog_url, "SELECT pk_entity_change_log, created_at FROM core.tb_entity_change_log WHERE object_id IS NOT NULL"
-            )
-        }
-        newest = max(sound)
-        eventually(lambda: service.buffer.settled_pk >= newest)
-        eventually(lambda: len(one.keys) >= len(sound))
-        one.stream.close()
-        one.ended()
-    log.close()
-    assert len(reads) > 3
-    for settled_pk, found in reads:
-        assert found == Counter(pk for pk, at in sound.items() if pk <= settled_pk and at >= start)
-    assert Counter(one.keys) == Counter(sound.keys())
-    assert lake.published(), "windows were published meanwhile"
-
-
-def _publish_until(until: float, clock: FastClock, settings: Settings, log: ChangeLog, lake: Lake) -> None:
-    while time.monotonic() < until:
-        publish(clock, settings, log, lake)
 
 
 def _command(ticket: str) -> Any:

@@ -19,9 +19,9 @@ from fraiseql_pipeline.flight.client import connect
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from tests.integration.flight.conftest import hour, publish
-from tests.integration.flight.test_uploads import EVENTS, sent
 from tests.support.events import lake_events
 from tests.support.reading import execute, insert
+from tests.support.uploads import EVENTS, sent
 from tests.support.waiting import eventually
 
 #: Far less than what Postgres lets a statement of ours wait for a lock (10 and 30 s), far more than a stop takes.

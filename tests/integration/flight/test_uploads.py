@@ -19,7 +19,7 @@ from pyarrow import flight
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import open_changelog
 from fraiseql_pipeline.encoding import to_wire, wire_schema
-from fraiseql_pipeline.event import EVENT_SCHEMA, WIRE_SCHEMA
+from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.incoming import MAX_BATCH_BYTES
@@ -28,11 +28,8 @@ from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.conftest import new_database
 from tests.integration.flight.conftest import MIDNIGHT, hour
-from tests.support.events import TENANTS, lake_events
-
-#: The eight columns, all of them nullable: what a client's library makes of its data.
-SENT = pa.schema([field.with_nullable(True) for field in WIRE_SCHEMA])
-EVENTS = flight.FlightDescriptor.for_path("events")
+from tests.support.events import TENANTS
+from tests.support.uploads import EVENTS, SENT, sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +64,6 @@ class Intake:
             self.put(batch, **how)
         assert self.held() == [(0,)]
         return str(refused.value)
-
-
-def sent(rows: int = 50, seed: int = 0, **changed: Any) -> pa.RecordBatch:
-    """Events of the first hour as a client sends them; ``changed``: values by column."""
-    [batch] = lake_events(hour(0), rows, seed).select(EVENT_SCHEMA.names).cast(SENT).combine_chunks().to_batches()
-    for name, values in changed.items():
-        at = SENT.get_field_index(name)
-        whole = values
-        if isinstance(values, dict):
-            whole = [values.get(row, value) for row, value in enumerate(batch.column(at).to_pylist())]
-        batch = batch.set_column(at, SENT.field(at), pa.array(whole, SENT.field(at).type))
-    return batch
 
 
 @pytest.fixture(scope="module")
