@@ -57,11 +57,11 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 class Ticket:
     """What to stream: the events of some types with ``start <= timestamp < end``, both in UTC.
 
-    ``entity_types``: none means all. ``batch_size``: the most rows of one batch; none leaves it to the server. ``columns``: none means the
-    eight of ``WIRE_SCHEMA``. ``limit``: the most events of the whole stream, the first in order. ``table_version``: the snapshot to read; none is
-    the newest. ``endless``: the ticket said ``now`` and means all that has settled, which may be ahead of the clock; its ``end`` is
-    then no time that anybody asked for, and its JSON form says ``now`` again.
-    Raises ``TicketError`` for a value out of range.
+    ``entity_types``: none means all. ``batch_size``: the most rows of one batch; none leaves it to the server. ``columns``: none
+    means the eight of ``WIRE_SCHEMA``. ``limit``: the most events of the whole stream, the first in order. ``table_version``: the
+    snapshot to read; none is the newest. ``endless``: the ticket said ``now`` and means all that has settled, which may be ahead of
+    the clock; its ``end`` is then no time that anybody asked for, and its JSON form says ``now`` again. Raises ``TicketError`` for
+    a value out of range.
     """
 
     start: datetime

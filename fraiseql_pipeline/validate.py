@@ -58,7 +58,6 @@ TOLERATED_ROWS = 10
 #: type, but table names and producers have them, and tickets and subjects can encode them: no event is held back for its style.
 _NAME = r"^[^\p{Cc}\p{Zl}\p{Zp}]{1,255}$"
 
-
 #: Values that broke a rule and wait for pandera; a window of nothing but them is confirmed piece by piece.
 _DOUBTFUL_BYTES = 4 << 20
 #: Distinct names whose verdict is remembered; a window has a few dozen, unless somebody makes them up.
@@ -126,7 +125,9 @@ class Validator:
         return Validation(accepted, quarantined, {reason: count for count, reason in counts})
 
     def confirm(self) -> None:
-        """Have pandera judge the values that broke a rule; raises ``ValidationHalted`` unless it finds the same faults in them, and no others."""
+        """Have pandera judge the values that broke a rule; raises ``ValidationHalted`` unless it finds the same faults in them, and
+        no others.
+        """
         doubts, self._doubts, self._doubtful_bytes = self._doubts, defaultdict(list), 0
         for column in _JUDGED:
             if column.name in doubts:
@@ -304,7 +305,9 @@ _JUDGED = tuple(column for column in EXTRACTED if column.rule is not None or not
 
 
 def _failure_cases(column: Column, window: Span, frame: pl.DataFrame) -> pl.DataFrame | None:
-    """pandera's findings about a column, or none. The exception they came in quotes values, so it is not let out of here, not even as a context."""
+    """pandera's findings about a column, or none. The exception they came in quotes values, so it is not let out of here, not even
+    as a context.
+    """
     import pandera.polars as pandera  # 0.3 s and, where pandas is installed, 46 MiB: only for windows with bad rows
 
     checks = []

@@ -3,9 +3,10 @@
 What lives here: the cases, their figures and budgets. What must not: the server (``servers.py``), how a report looks
 (``report.py``).
 
-How a number is made: the events of a log of which nothing is published are read through and served; private memory is compared with that of
-a server that does not follow. Then one reader follows, and events are committed one at a time; a time is that from the return of the commit to the
-batch in the reader's hands, on the clock of this process. Beside it, in the second case, another session commits 100 events every 50 ms.
+How a number is made: the events of a log of which nothing is published are read through and served; private memory is compared with
+that of a server that does not follow. Then one reader follows, and events are committed one at a time; a time is that from the
+return of the commit to the batch in the reader's hands, on the clock of this process. Beside it, in the second case, another
+session commits 100 events every 50 ms.
 """
 
 from __future__ import annotations

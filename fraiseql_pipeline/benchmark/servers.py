@@ -79,7 +79,9 @@ class NotThere(Exception):
 def server(
     kind: str, lake_uri: str, *, tls: bool = False, database_url: str | None = None, follows: bool = True
 ) -> Iterator[Server]:
-    """One of ``ours`` (which ``follows`` the change log of a URL), ``reference`` and ``json``. It ends with its standard input. Raises ``PipelineError`` when it does not start."""
+    """One of ``ours`` (which ``follows`` the change log of a URL), ``reference`` and ``json``. It ends with its standard input.
+    Raises ``PipelineError`` when it does not start.
+    """
     with tempfile.TemporaryDirectory(prefix="fraiseql-bench-") as directory:
         pair = _certificate(Path(directory)) if tls else None
         asked = {

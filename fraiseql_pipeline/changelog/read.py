@@ -16,9 +16,10 @@ Invariants
     the stream always moves on.
  6. No connection stays in a transaction when a window ends, however it ends.
 
-Measured as a whole materialize of 500,000 sample events of the wide shape (820 Arrow bytes each) on 2 cores that Postgres shares: one connection 107,000 to
-117,000 events/s, two 137,000 to 138,000, three 135,000 to 140,000. Server and driver alone use about 7 µs of CPU per event, so more
-connections help where the server has cores of its own. `fraiseql-pipeline bench materialize` with FRAISEQL_READ_CONNECTIONS repeats it.
+Measured as a whole materialize of 500,000 sample events of the wide shape (820 Arrow bytes each) on 2 cores that Postgres shares:
+one connection 107,000 to 117,000 events/s, two 137,000 to 138,000, three 135,000 to 140,000. Server and driver alone use about 7 µs
+of CPU per event, so more connections help where the server has cores of its own. `fraiseql-pipeline bench materialize` with
+FRAISEQL_READ_CONNECTIONS repeats it.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ class Readers:
     ) -> Iterator[Iterator[pa.RecordBatch]]:
         """The events of a window with ``after_pk < pk <= settled_pk``: batches of ``BATCH_SCHEMA`` in the order (timestamp, pk).
 
-        Reading starts at once and runs ahead of the iterator, which hands out no empty batch. Leaving the block ends it, also for a thread
-        that waits for a batch. An event that
-        Postgres cannot send comes without its JSON and with ``raw`` set. Raises ``SourceUnavailable`` when the stream breaks or stalls, ``SourceRefused``
-        when Postgres will not let it be read, ``EventsUnreadable`` when it cannot read some of it itself.
+        Reading starts at once and runs ahead of the iterator, which hands out no empty batch. Leaving the block ends it, also for a
+        thread that waits for a batch. An event that Postgres cannot send comes without its JSON and with ``raw`` set. Raises
+        ``SourceUnavailable`` when the stream breaks or stalls, ``SourceRefused`` when Postgres will not let it be read,
+        ``EventsUnreadable`` when it cannot read some of it itself.
         """
         whole = Part(*window.micros, settled_pk, after_pk)
         started = time.monotonic()

@@ -143,7 +143,8 @@ class ChangeLog:
                 try:
                     return question(kept)
                 except SourceUnavailable:
-                    # Servers and firewalls end what is idle for long (idle_session_timeout). Every question only reads, so it can be asked again.
+                    # Servers and firewalls end what is idle for long (idle_session_timeout). Every question only reads, so it can
+                    # be asked again.
                     if not kept.closed:
                         raise
             self._disconnect()
@@ -164,9 +165,9 @@ def open_changelog(settings: Settings, *, create: bool = False, samples: bool = 
     """The change log of ``settings.database_url``; touches nothing until it is asked.
 
     Where no URL is set: the embedded one under the working directory, its server started or joined. Where there is none either,
-    ``samples`` has it made and filled with sample events; without ``samples``, and where the lake is in an object store or a variable looks
-    like a misspelt URL, nobody wants made-up events, and there is a ``SettingsError``. ``create`` makes the contract where it is missing, wherever the log is, and writes
-    no events.
+    ``samples`` has it made and filled with sample events; without ``samples``, and where the lake is in an object store or a
+    variable looks like a misspelt URL, nobody wants made-up events, and there is a ``SettingsError``. ``create`` makes the contract
+    where it is missing, wherever the log is, and writes no events.
     """
     with ExitStack() as stack:
         url = settings.database_url

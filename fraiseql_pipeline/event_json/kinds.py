@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 #: Upstream's ``event_type`` → ours. The change log knows more verbs; an ``EntityEvent`` has these four.
 KINDS = {"INSERT": "Created", "UPDATE": "Updated", "DELETE": "Deleted", "CUSTOM": "Custom"}
 
-
 #: A fraction of a second of up to nine digits, of which microseconds keep six.
 _FINER = r"(\.[0-9]{6})[0-9]{1,3}([^0-9]|$)"
 

@@ -28,7 +28,6 @@ _CHUNK_BYTES = 8 << 20
 _LARGEST_CHUNK_BYTES = 2**31 - 1
 _SHOWN_LINES = 10
 
-
 _Lines: TypeAlias = bytes | bytearray | memoryview | pa.Buffer
 
 

@@ -94,7 +94,9 @@ class HeldFiles:
         return self._lake.open(name)
 
     def write(self, hour: int, rows: pa.Table) -> Held:
-        """``rows``: of one hour, ``LAKE_SCHEMA``, in (timestamp, pk) order, at least one. Raises ``FlightUnavailable`` where the disk takes no file."""
+        """``rows``: of one hour, ``LAKE_SCHEMA``, in (timestamp, pk) order, at least one. Raises ``FlightUnavailable`` where the
+        disk takes no file.
+        """
         disk, size = self._written(rows)
         at, keys = rows["timestamp"], pc.min_max(rows["pk"])
         file = File(

@@ -6,8 +6,8 @@ What lives here: the columns and sizes an upload may have, and its decoding. Wha
 Arrow reads the upload as one IPC stream out of ``Incoming``, which hands it a message only after its size was judged.
 
 Invariants
- 1. Nothing is decompressed, and no dictionary is multiplied out, whose declared size is above ``MAX_BATCH_BYTES``; dictionaries that are kept for
-    later batches count together. No row is looked at of a batch of more than ``MAX_BATCH_ROWS``.
+ 1. Nothing is decompressed, and no dictionary is multiplied out, whose declared size is above ``MAX_BATCH_BYTES``; dictionaries
+    that are kept for later batches count together. No row is looked at of a batch of more than ``MAX_BATCH_ROWS``.
  2. Arrow sees of a message exactly the bytes whose size was judged.
  3. Of all uploads of a server, ``AT_ONCE`` hold something decoded at a time, dictionaries for later batches aside: of those all uploads
     together hold at most ``KEPT_BYTES``, beside ``SMALL_BYTES`` of each.
@@ -32,8 +32,8 @@ from fraiseql_pipeline.flight.presence import Presence
 
 #: Bytes of a batch, decompressed: about 100,000 events of the samples, and what a server may need for each upload.
 MAX_BATCH_BYTES = 64 * 1024 * 1024
-#: Rows of a batch: events of the samples take more bytes than the batch may have sooner. Each costs about 9 µs to judge however small it is, and a
-#: million of one value each are 3 kB on the wire.
+#: Rows of a batch: events of the samples take more bytes than the batch may have sooner. Each costs about 9 µs to judge however
+#: small it is, and a million of one value each are 3 kB on the wire.
 MAX_BATCH_ROWS = 131_072
 #: Two, so that one is decoded while the other is written to the change log, which takes one batch after the other.
 AT_ONCE = 2

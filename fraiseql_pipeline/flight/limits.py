@@ -56,9 +56,8 @@ PROBES, PROBES_EACH = 16, 8
 HANDSHAKES, HANDSHAKES_EACH = 16, 4
 _HANDSHAKE_SECONDS = 10.0
 
-
-#: What a ticket that says now-1d may have more than a day: its "now" is this server's, and what had settled is told by the database's clock, after
-#: what was waited for.
+#: What a ticket that says now-1d may have more than a day: its "now" is this server's, and what had settled is told by the
+#: database's clock, after what was waited for.
 _CLOCKS = timedelta(minutes=1)
 
 
@@ -188,7 +187,9 @@ class Slots:
         return sum(kind.most for kind in (*self._of.values(), self._probes, self._logins, self._strangers))
 
     def call(self, use: Use, caller: Caller, context: grpc.ServicerContext, *, shared: bool) -> AbstractContextManager[Running]:
-        """A call of somebody who is known. ``shared``: the principal is everyone, so no limit of one principal applies. Raises ``FlightBusy``."""
+        """A call of somebody who is known. ``shared``: the principal is everyone, so no limit of one principal applies. Raises
+        ``FlightBusy``.
+        """
         return self._run(self._of[use], caller, context, None if shared else caller.name)
 
     def probe(self, context: grpc.ServicerContext) -> AbstractContextManager[Running]:

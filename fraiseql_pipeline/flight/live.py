@@ -57,7 +57,8 @@ _LOOK_SECONDS = 60.0
 _FILLED_AHEAD = timedelta(days=1)
 #: How long a reader waits for the buffer to be where the lake is already, nearly always one look; and for its turn to ask Postgres.
 _CATCH_UP_SECONDS = 10.0
-#: Of the plans a server makes at once (``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS``), one in so many may wait so: who needs nothing of Postgres gets his.
+#: Of the plans a server makes at once (``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS``), one in so many may wait so: who needs nothing of
+#: Postgres gets his.
 _WAITING_SHARE = 2
 #: What the end waits for the following thread, which looks up every ``POLL_SECONDS`` where its database answers.
 _CLOSE_SECONDS = 2.0

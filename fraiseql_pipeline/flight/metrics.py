@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 CUTS = ("stalled", "idle", "lifetime", "cancelled")
 
-#: What a request of the metrics port may take in all, and how many are answered at a time: who hangs, or sends a byte now and then, holds no more
-#: threads, and no longer.
+#: What a request of the metrics port may take in all, and how many are answered at a time: who hangs, or sends a byte now and then,
+#: holds no more threads, and no longer.
 _HTTP_SECONDS, _HTTP_REQUESTS = 5.0, 16
 #: How long a new connection waits for the place of the one that is ended for it.
 _PLACE_SECONDS = 1.0

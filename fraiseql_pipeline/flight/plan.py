@@ -45,7 +45,6 @@ MAX_ENDPOINTS = 8
 #: An endpoint with fewer events costs its reader more than it saves: a connection and a call against 30 ms of frames.
 ENDPOINT_ROWS = 262_144
 
-
 #: The last day of which nanoseconds can hold every time: what is endless ends here in a stream that has times.
 _LAST_NANOSECONDS = datetime(2262, 4, 11, tzinfo=UTC)
 
@@ -169,9 +168,10 @@ class Plan:
     def pinned_ticket(self) -> Ticket:
         """A ticket for the same events of the same table version in the same encoding, whenever it is redeemed.
 
-        One that reaches into what is not in the lake yet names no version: its events may be in a later one when it is redeemed. Nor does
-        one over hours that only the log proves to be empty; nor one that follows; nor a tenant's where a log is followed: it would tell whether others' events are late. Its end is a time, even
-        of what is endless: it may start ahead of the clock, and then "now" would end before.
+        One that reaches into what is not in the lake yet names no version: its events may be in a later one when it is redeemed.
+        Nor does one over hours that only the log proves to be empty; nor one that follows; nor a tenant's where a log is followed:
+        it would tell whether others' events are late. Its end is a time, even of what is endless: it may start ahead of the clock,
+        and then "now" would end before.
         """
         live = self.view.live
         moves = live is not None and (

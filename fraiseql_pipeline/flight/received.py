@@ -40,13 +40,12 @@ from fraiseql_pipeline.window import as_utc
 class Receipt:
     """What a server says about a stream.
 
-    ``rows``: events in it; None in an ``info`` where neither commits nor kept frames tell: they do for whole windows, and for what was
-    read before. ``complete_through``: the published windows end here; events of the asked range after it will come later.
+    ``rows``: events in it; None in an ``info`` where neither commits nor kept frames tell: they do for whole windows, and for what
+    was read before. ``complete_through``: the published windows end here; events of the asked range after it will come later.
     ``provisional_windows`` may still get events of transactions that were open, ``missing_windows`` were holes the ticket allowed.
-    ``schema``: the stream's columns. ``settled_pk``: every event of the
-    range up to this key is in. ``checksum``: the sum of the event ids (``encoding.checksum``), None where they were not sent.
-    ``next_ticket`` reads what comes after this; None behind a ``limit``, and in an ``info`` where a log is followed. ``table_version`` is
-    None while nothing is published.
+    ``schema``: the stream's columns. ``settled_pk``: every event of the range up to this key is in. ``checksum``: the sum of the
+    event ids (``encoding.checksum``), None where they were not sent. ``next_ticket`` reads what comes after this; None behind a
+    ``limit``, and in an ``info`` where a log is followed. ``table_version`` is None while nothing is published.
     """
 
     rows: int | None

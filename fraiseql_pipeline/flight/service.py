@@ -158,7 +158,9 @@ class FlightService:
         )
 
     def get_flight_info(self, request: bytes, call: Call) -> bytes:
-        """Schema, rows and bytes where commits or kept frames tell them, and endpoints in order whose tickets name the same events of the same version."""
+        """Schema, rows and bytes where commits or kept frames tell them, and endpoints in order whose tickets name the same events
+        of the same version.
+        """
         descriptor = parse(protocol.FlightDescriptor, request)
         return self._info(descriptor, self._plan(self._described(descriptor, call), call), call).SerializeToString()
 
@@ -171,8 +173,8 @@ class FlightService:
     def list_flights(self, request: bytes, call: Call) -> Iterator[bytes]:
         """One flight per stretch of published windows without a hole, oldest first; none while the lake is empty.
 
-        What is more than one ticket may ask is listed all the same: a part of it may be asked for. Criteria are a ticket, in any of its forms, or a part of a
-        JSON ticket: then each flight is what the ticket asks of a stretch.
+        What is more than one ticket may ask is listed all the same: a part of it may be asked for. Criteria are a ticket, in any of
+        its forms, or a part of a JSON ticket: then each flight is what the ticket asks of a stretch.
         """
         expression = parse(protocol.Criteria, request).expression
         asked = self._ticket(expression, call, partial=True) if expression else None

@@ -39,8 +39,9 @@ from fraiseql_pipeline.flight.plan import Plan
 from fraiseql_pipeline.flight.presence import Presence
 from fraiseql_pipeline.flight.segment import Filter, Group, Groups, Segment, segments
 
-#: Rows per kept frame; a ticket gets the largest that its rows per batch allow, and smaller batches are cut out of the last. Larger ones
-#: than the first are hardly smaller (50.7 bytes per typical sample event at 50,000 rows, 52.8 at 10,000, 54.2 at 5,000; wide 109 and 117), and the plan's tickets ask for 10,000 and 5,000.
+#: Rows per kept frame; a ticket gets the largest that its rows per batch allow, and smaller batches are cut out of the last. Larger
+#: ones than the first are hardly smaller (50.7 bytes per typical sample event at 50,000 rows, 52.8 at 10,000, 54.2 at 5,000; wide
+#: 109 and 117), and the plan's tickets ask for 10,000 and 5,000.
 FRAME_ROWS = (10_000, 5_000, 1_000)
 
 #: Rows of the first frame of each group: what a client waits for.

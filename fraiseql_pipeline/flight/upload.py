@@ -42,7 +42,6 @@ _NAME = "events"
 _BIGINT = r"^(0|-?[1-9][0-9]{0,18})$"
 _BIGINT_RANGE = (-(2**63), 2**63 - 1)
 
-
 #: Of one event's data, as it is uploaded and as Postgres prints it: 4 MiB of empty lists take Python 90 MiB while they are looked at.
 MAX_DATA_BYTES = 4 << 20
 #: A number with an exponent, which jsonb prints in full.

@@ -3,10 +3,11 @@
 What lives here: ``examine``, which compares log, files and commit metadata. What must not: anything on the way of a normal read or commit.
 
 Invariants
- 1. Nothing is changed without ``repair``, and then only what loses nothing: torn entries and checkpoints are moved aside (kept, renamed), leftovers of dead
-    writers are deleted. Rows are never touched; what lost rows is named so that it can be materialized again.
- 2. An entry is reported torn only if it cannot be read whole: entries written here are fsynced before they get their number, so a torn one comes from
-    another writer or from the disk.
+ 1. Nothing is changed without ``repair``, and then only what loses nothing: torn entries and checkpoints are moved aside (kept,
+    renamed), leftovers of dead writers are deleted. Rows are never touched; what lost rows is named so that it can be materialized
+    again.
+ 2. An entry is reported torn only if it cannot be read whole: entries written here are fsynced before they get their number, so a
+    torn one comes from another writer or from the disk.
  3. The two tables are judged on one state of both: what is found while a run moves them is looked at again before it is reported.
  4. Nothing is moved or deleted in an object store: there a remedy says what to do with the store's own tools.
 """

@@ -4,8 +4,8 @@ What lives here: ``maintain`` and what it did. What must not: a clock (``now`` i
 
 Invariants
  1. A day is compacted only when it ended ``_HORIZON`` before ``now``: open windows are never in a compaction's way.
- 2. A compaction writes the same rows in (timestamp, pk) order and marks them ``dataChange = false``. Rows are counted before, while writing and after the
-    commit; a difference is an error and commits nothing.
+ 2. A compaction writes the same rows in (timestamp, pk) order and marks them ``dataChange = false``. Rows are counted before, while
+    writing and after the commit; a difference is an error and commits nothing.
  3. Nothing younger than the retention is deleted, so pinned readers and writers at work keep their files.
 """
 

@@ -50,8 +50,9 @@ BLOOM = ("event_id", "entity_id")
 BLOOM_FALSE_POSITIVES = 0.01
 #: Columns whose extremes also go to the Delta log, where every reader skips whole files with them.
 LOGGED = ("event_type", "entity_type", "timestamp", "org_id", "pk", "window_key")
-#: A longer string is bounded in the log by its beginning. It cannot be left out: of a column without extremes delta-rs 1.6.6 tells pyarrow that no
-#: row of the file is like anything, and the file is passed over. Accepted names have at most 255 characters, rejected ones any number.
+#: A longer string is bounded in the log by its beginning. It cannot be left out: of a column without extremes delta-rs 1.6.6 tells
+#: pyarrow that no row of the file is like anything, and the file is passed over. Accepted names have at most 255 characters,
+#: rejected ones any number.
 LOGGED_CHARACTERS = 64
 _LAST_CHARACTER = "\U0010ffff"
 

@@ -42,7 +42,8 @@ from fraiseql_pipeline.window import Window, WindowSize
 #: 4 processes that replaced one window 25 times each as fast as they could lost 113 races for 100 commits.
 ATTEMPTS = 100
 _LONGEST_PAUSE_SECONDS = 0.5
-#: How long a run is taken to be between its two commits, which are milliseconds apart, or minutes where it rewrites a large day's files; then it died.
+#: How long a run is taken to be between its two commits, which are milliseconds apart, or minutes where it rewrites a large day's
+#: files; then it died.
 _BETWEEN_COMMITS = timedelta(minutes=15)
 
 

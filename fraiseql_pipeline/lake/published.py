@@ -29,7 +29,9 @@ _LATEST_ENTRIES = 32
 
 
 class Published:
-    """Of one table; whoever calls holds the table's lock. ``note`` is told every entry from ``begin`` on, older ones are read when they are needed."""
+    """Of one table; whoever calls holds the table's lock. ``note`` is told every entry from ``begin`` on, older ones are read when
+    they are needed.
+    """
 
     def __init__(self, storage: LocalStorage | ObjectStorage, name: str) -> None:
         self._storage = storage

@@ -3,11 +3,11 @@
 What lives here: ``Snapshot``, and the sweep that turns files into (timestamp, pk) order. What must not: the log, commits, the wire.
 
 Invariants
- 1. Every row of the asked range comes exactly once, in (timestamp, pk) order, whoever wrote or compacted the files: the order inside a file is checked,
-    never trusted.
- 2. Memory is bounded by ``HELD_ROWS`` and ``HELD_BYTES``: a row group is loaded when the sweep reaches its first event and let go when it has been
-    passed. Row groups that overlap too much, or are too large, are read once per piece of their range instead. Ranges are of (timestamp, pk), not of
-    time: one transaction may write any number of events in one instant.
+ 1. Every row of the asked range comes exactly once, in (timestamp, pk) order, whoever wrote or compacted the files: the order
+    inside a file is checked, never trusted.
+ 2. Memory is bounded by ``HELD_ROWS`` and ``HELD_BYTES``: a row group is loaded when the sweep reaches its first event and let go
+    when it has been passed. Row groups that overlap too much, or are too large, are read once per piece of their range instead.
+    Ranges are of (timestamp, pk), not of time: one transaction may write any number of events in one instant.
  3. A missing or short file is ``LakeDamaged``; a read never just ends.
 """
 

@@ -3,14 +3,15 @@
 What lives here: loading a table, following its log, adding one entry to it, checkpoints. What must not: what is in an entry (``entry.py``),
 which files a window needs, the content of data files.
 
-Why the log is followed here and not by delta-rs: on local disks every delta-rs commit and every refresh lists the whole ``_delta_log``
-(measured: 3 ms per commit at 20 entries, 19 ms at 2,000, growing with each), and it neither fsyncs an entry nor notices an empty
-one. delta-rs creates and opens tables, checkpoints, and commits to object stores. The entries written here are plain Delta protocol (reader 1, writer 2).
+Why the log is followed here and not by delta-rs: on local disks every delta-rs commit and every refresh lists the whole
+``_delta_log`` (measured: 3 ms per commit at 20 entries, 19 ms at 2,000, growing with each), and it neither fsyncs an entry nor
+notices an empty one. delta-rs creates and opens tables, checkpoints, and commits to object stores. The entries written here are
+plain Delta protocol (reader 1, writer 2).
 
 Invariants
- 1. A commit is compare-and-swap on the version: it succeeds only as version + 1 of the state it was planned on. delta-rs's own conflict
-    detection is never relied upon (``max_commit_retries=0``): it lets a replacement pass that removes a file which a compaction had already removed, and
-    the rows are there twice.
+ 1. A commit is compare-and-swap on the version: it succeeds only as version + 1 of the state it was planned on. delta-rs's own
+    conflict detection is never relied upon (``max_commit_retries=0``): it lets a replacement pass that removes a file which a
+    compaction had already removed, and the rows are there twice.
  2. The state only moves forward by whole entries, and an entry that cannot be read is ``LakeDamaged``, never skipped.
  3. The protocol stays (1, 2) without features; a table that somebody upgraded is refused.
  4. A log that was removed, made anew or restored is loaded as a stranger would: ``generation`` counts the loads, and a version means

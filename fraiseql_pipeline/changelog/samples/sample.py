@@ -67,7 +67,6 @@ COLUMNS: tuple[str, ...] = (
 _UNSOUND_FIRST, _UNSOUND_EVERY = 60, 397
 _UNSOUND_KINDS = 6
 
-
 ShapeName = Literal["typical", "wide"]
 SHAPES: tuple[ShapeName, ...] = get_args(ShapeName)
 
