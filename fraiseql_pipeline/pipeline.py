@@ -14,22 +14,21 @@ Invariants
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import pyarrow as pa
 
 from fraiseql_pipeline import memory
+from fraiseql_pipeline.ahead import ahead
 from fraiseql_pipeline.changelog import Audit, ChangeLog, Settlement
 from fraiseql_pipeline.errors import PipelineError, SourceRefused, WindowError
 from fraiseql_pipeline.lake import Commit, Facts, Lake
@@ -37,7 +36,6 @@ from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.validate import Validation, Validator, check_share
 from fraiseql_pipeline.window import Window, WindowSize
 
-_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 #: After this many batches, what was freed goes back to the system; without this the peak rises with the window: of 3,000,000 events by
@@ -231,7 +229,7 @@ def _publish(
             validator.confirm()
 
     with lake.stage(window) as staged:
-        with _ahead(changelog.read(window, settlement, after_pk=after_pk), validated) as validations:
+        with ahead(changelog.read(window, settlement, after_pk=after_pk), validated, _AHEAD) as validations:
             for number, validation in enumerate(validations, 1):
                 with _clock(seconds, "encode"):
                     if validation is None:
@@ -382,60 +380,3 @@ def _clock(seconds: defaultdict[str, float], stage: str) -> Iterator[None]:
         yield
     finally:
         seconds[stage] += time.perf_counter() - at
-
-
-_END = object()
-
-
-@dataclass(frozen=True, slots=True)
-class _Broken:
-    error: BaseException
-
-
-@contextmanager
-def _ahead(source: AbstractContextManager[_S], work: Callable[[_S], Generator[_T]], depth: int = _AHEAD) -> Iterator[Iterator[_T]]:
-    """What ``work`` makes of what ``source`` gives, by a thread of its own that is at most ``depth`` items ahead.
-
-    An error of the thread is raised where its item would have come. Leaving the block stops the thread, closes the source and then waits
-    for the thread: a source that says nothing holds nobody up, and nothing reads on behind the caller's back.
-    """
-    waiting: queue.Queue[object] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: object) -> None:
-        while not stop.is_set():
-            with suppress(queue.Full):
-                waiting.put(item, timeout=0.05)
-                return
-
-    def produce(given: _S) -> None:
-        try:
-            with closing(work(given)) as items:
-                for item in items:
-                    put(item)
-                    if stop.is_set():
-                        return
-            put(_END)
-        except BaseException as error:  # noqa: BLE001 - raised again in the consuming thread
-            put(_Broken(error))
-
-    def consume() -> Generator[_T]:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Broken):
-                raise item.error
-            yield cast("_T", item)
-
-    thread = None
-    try:
-        with source as given:
-            thread = threading.Thread(target=produce, args=[given], name="ahead", daemon=True)
-            try:
-                thread.start()
-                with closing(consume()) as consumer:
-                    yield consumer
-            finally:
-                stop.set()
-    finally:
-        stop.set()  # a signal may raise between any two lines
-        if thread is not None and thread.ident is not None:
-            thread.join()

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 
-from fraiseql_pipeline.pipeline import _ahead
+from fraiseql_pipeline.ahead import ahead
 
 
 def numbers(upto: int, fail_at: int | None = None) -> Generator[int]:
@@ -23,13 +23,13 @@ def ahead_threads() -> int:
 
 
 def test_items_arrive_in_order_and_whole() -> None:
-    with _ahead(nullcontext(numbers(100)), iter, depth=2) as items:
+    with ahead(nullcontext(numbers(100)), iter, 2) as items:
         assert list(items) == list(range(100))
 
 
 def test_an_error_is_raised_where_its_item_would_have_come() -> None:
     seen = []
-    with pytest.raises(OSError, match="the source broke"), _ahead(nullcontext(numbers(10, fail_at=3)), iter) as items:
+    with pytest.raises(OSError, match="the source broke"), ahead(nullcontext(numbers(10, fail_at=3)), iter, 1) as items:
         seen.extend(iter(lambda: next(items), None))
     assert seen == [0, 1, 2]
 
@@ -45,7 +45,7 @@ def test_the_thread_is_never_further_ahead_than_its_depth() -> None:
                 third.set()
             yield number
 
-    with _ahead(nullcontext(counted()), iter, depth=2) as items:
+    with ahead(nullcontext(counted()), iter, 2) as items:
         assert next(items) == 0
         assert third.wait(10), "with one item taken and two waiting, the fourth is being produced"
         assert produced == [0, 1, 2, 3]
@@ -60,7 +60,7 @@ def test_a_signal_in_the_middle_of_starting_the_thread_ends_it_too(monkeypatch: 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt), _ahead(nullcontext(numbers(1000)), iter):
+    with pytest.raises(KeyboardInterrupt), ahead(nullcontext(numbers(1000)), iter, 1):
         raise AssertionError("it was not begun")
     assert ahead_threads() == 0
 
@@ -74,7 +74,7 @@ def test_leaving_early_stops_the_thread_and_closes_its_source() -> None:
         finally:
             closed.set()
 
-    with _ahead(nullcontext(endless()), iter) as items:
+    with ahead(nullcontext(endless()), iter, 1) as items:
         next(items)
     assert closed.is_set()
     assert ahead_threads() == 0
@@ -94,7 +94,7 @@ def test_a_source_that_says_nothing_holds_nobody_up_who_leaves() -> None:
         finally:
             ended.set()
 
-    with pytest.raises(KeyboardInterrupt), _ahead(silent(), iter) as items:
+    with pytest.raises(KeyboardInterrupt), ahead(silent(), iter, 1) as items:
         next(items)
         raise KeyboardInterrupt
     assert ahead_threads() == 0
