@@ -14,11 +14,13 @@ What lives here: nothing but the names of its files, in the order in which a req
     exchange     many tickets on one call        signing      tickets that were given out
     view         windows and files of a version  plan         a ticket over one view
     segment      what is read of the lake        stream       the messages of a plan
-    frames       encoded once, kept on disk      threads      a pool that nobody waits for
+    frames       encoded once, kept on disk      disk         where, and what a full one means
+    threads      a pool that nobody waits for
 
     live         follows the change log          buffer       what is not published, by hour
-    held         its files                       follow       streams that go on
-    rounds       the newest, encoded once
+    turns        of readers that need the log    held         the files of that
+    rounds       the newest, encoded once        follow       streams that go on
+
     incoming     what is uploaded                ipc_size     how large it says it is
     upload       into the change log             metrics      what is counted, and shown
 """

@@ -10,7 +10,7 @@ memory is one message. What nobody waits for any more before its turn comes is d
 Invariants
  1. An entry is only ever found under its key, and the key names the content (files are never rewritten under their name), so a window that
     was materialized again cannot be served from its old frames.
- 2. The index is in memory only. What a crash leaves on disk can be found by nobody, and the next server removes it.
+ 2. The index is in memory only. What a crash leaves on disk can be found by nobody, and the next server removes it (``disk.py``).
  3. Complete entries take at most ``max_bytes`` on disk, and less where the disk has no room for more; the last used are kept. What is being
     filled or read comes on top.
  4. An entry that failed, or whose file somebody removed, is forgotten: its readers get the error, the next one fills it anew. So is the
@@ -20,10 +20,7 @@ Invariants
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import shutil
-import stat
 import tempfile
 import threading
 from collections import OrderedDict
@@ -36,15 +33,11 @@ from typing import NamedTuple
 
 from fraiseql_pipeline import memory
 from fraiseql_pipeline.errors import FlightUnavailable
+from fraiseql_pipeline.flight.disk import PrivateDirectory, is_full, no_disk
 from fraiseql_pipeline.flight.presence import Presence
 from fraiseql_pipeline.flight.threads import Threads
 
-_PREFIX = "fraiseql-frames-"
-_LOCK = "lock"
-
-#: How the system says that a disk has no room.
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-#: … and that the process has too many files open, which says nothing of the file.
+#: How the system says that the process has too many files open, which says nothing of the file.
 _TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
 
 #: Entries that are kept, whatever their size: one takes 3.2 KB of memory beside its file, and anybody who reads can ask in ever new ways.
@@ -175,15 +168,13 @@ class FrameStore:
 
     def __init__(self, max_bytes: int, directory: Path | None = None, encoders: int | None = None) -> None:
         self._max_bytes = max_bytes
-        self._parent = directory or Path(tempfile.gettempdir())
+        self._home = PrivateDirectory(directory or Path(tempfile.gettempdir()))
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._bytes = 0
         self._number = 0
         self._hits = self._misses = self._evictions = 0
         self._closed = False
-        self._directory: Path | None = None
-        self._held = -1
         self._filling = 0
         self._untidy_rows = 0  # filled since memory was given back
         self._encoders = Threads(encoders or max(2, os.cpu_count() or 1), "frames")
@@ -224,7 +215,7 @@ class FrameStore:
             if self._closed:
                 raise _stopping()
             try:
-                return self._home()
+                return self._home.path()
             except OSError:
                 raise no_disk() from None
 
@@ -256,9 +247,7 @@ class FrameStore:
                     self._drop(entry, _stopping())
                 else:  # it hangs: who waits for it is told, and its thread lets go of it whenever it ends
                     entry._end(_stopping())
-            if self._directory is not None:
-                shutil.rmtree(self._directory, ignore_errors=True)
-                self._leave_home()
+            self._home.remove()
 
     def __enter__(self) -> FrameStore:
         return self
@@ -358,7 +347,7 @@ class FrameStore:
         self._number += 1
         while True:
             try:
-                entry = Entry(key, self._home() / str(self._number))
+                entry = Entry(key, self._home.path() / str(self._number))
                 entry._file = os.open(entry._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 return entry
             except OSError as error:
@@ -382,43 +371,6 @@ class FrameStore:
         with suppress(OSError):
             entry._path.unlink()
 
-    def _home(self) -> Path:
-        """The private directory; made when it is first needed, and when somebody removed it; the ones of servers that died are removed."""
-        if self._directory is not None and not self._directory.is_dir():
-            self._leave_home()
-        if self._directory is None:
-            self._parent.mkdir(parents=True, exist_ok=True)
-            for left in self._parent.glob(f"{_PREFIX}*"):
-                _remove_if_left(left)
-            making = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=self._parent))
-            self._held = os.open(making / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            # Held as long as the process lives, whatever ends it; taken before another server can see the directory.
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._directory = making.rename(self._parent / making.name.removeprefix("."))
-        return self._directory
-
-    def _leave_home(self) -> None:
-        os.close(self._held)
-        self._directory = None
-
-
-def _remove_if_left(directory: Path) -> None:
-    try:
-        found = directory.lstat()
-        # In a directory that users share, others may have put there what makes an open wait: a lease holds it up for 45 s.
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            return
-        held = os.open(directory / _LOCK, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:  # being made
-        return
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory, ignore_errors=True)
-    except OSError:
-        return
-    finally:
-        os.close(held)
-
 
 def _stopping() -> FlightUnavailable:
     return FlightUnavailable("The server is stopping; try again in a moment.")
@@ -426,15 +378,3 @@ def _stopping() -> FlightUnavailable:
 
 def _unwanted() -> FlightUnavailable:
     return FlightUnavailable("The server stopped making these frames; read again.")
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a disk has no room."""
-    return error.errno in _FULL
-
-
-def no_disk() -> FlightUnavailable:
-    """What a client is told where a disk takes no file."""
-    return FlightUnavailable(
-        "The server cannot keep frames: its cache directory is full or cannot be written; see FRAISEQL_ARROW_FLIGHT_CACHE_DIR."
-    )

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from fraiseql_pipeline.errors import FlightUnavailable
 from fraiseql_pipeline.event import LAKE_SCHEMA
-from fraiseql_pipeline.flight.frames import is_full, no_disk
+from fraiseql_pipeline.flight.disk import is_full, no_disk
 from fraiseql_pipeline.lake import File, Opens, Snapshot, write_file
 from fraiseql_pipeline.window import Window, WindowSize, from_micros
 
