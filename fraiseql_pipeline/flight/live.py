@@ -9,7 +9,7 @@ Invariants
  2. Nothing here is needed to serve the lake: while the log cannot be followed, and only then, ``view`` gives None; who follows or asks for
     what is above a key is told, and whether it is a matter of a moment.
  3. Only the following thread moves on in the log; a reader may make it fetch nothing and wait for nothing.
- 4. A reader waits here for Postgres or for other readers so long and no longer, and only so many at a time: they hold the server's threads.
+ 4. A reader waits here for Postgres or for other readers so long and no longer, and only so many at a time (``turns.py``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Set
 from datetime import UTC, datetime, timedelta
 
 from fraiseql_pipeline.changelog import ChangeLog, Settlement, Tail, open_changelog
@@ -34,6 +33,7 @@ from fraiseql_pipeline.errors import (
 from fraiseql_pipeline.flight.buffer import Buffer
 from fraiseql_pipeline.flight.held import HOUR_US, Held, HeldFiles, Place, window_of
 from fraiseql_pipeline.flight.rounds import Rounds
+from fraiseql_pipeline.flight.turns import Turns
 from fraiseql_pipeline.flight.view import LiveEvents, Span, View, Views, joined
 from fraiseql_pipeline.lake import Lake, Snapshot
 from fraiseql_pipeline.settings import Settings
@@ -55,11 +55,8 @@ _TELL_SECONDS = 1.0
 _LOOK_SECONDS = 60.0
 #: What is read through when following begins, so that the first reader of the newest events need not wait for it.
 _FILLED_AHEAD = timedelta(days=1)
-#: How long a reader waits for the buffer to be where the lake is already, nearly always one look; and for its turn to ask Postgres.
+#: How long a reader waits for the buffer to be where the lake is already, nearly always one look.
 _CATCH_UP_SECONDS = 10.0
-#: Of the plans a server makes at once (``FRAISEQL_ARROW_FLIGHT_MAX_STREAMS``), one in so many may wait so: who needs nothing of
-#: Postgres gets his.
-_WAITING_SHARE = 2
 #: What the end waits for the following thread, which looks up every ``POLL_SECONDS`` where its database answers.
 _CLOSE_SECONDS = 2.0
 #: A view is decided again when the lake has moved on meanwhile; it does so about once a minute.
@@ -92,8 +89,7 @@ class Live:
         self._given_up_at: datetime | None = None
         #: Whether a reader found that the lake is published from another log now.
         self._is_of_another = False
-        self._filling = threading.Lock()
-        self._waiting = threading.BoundedSemaphore(max(1, settings.arrow_flight_max_streams // _WAITING_SHARE))
+        self._turns = Turns(settings.arrow_flight_max_streams)
         #: Hours ahead of the clock that had events when following began.
         self._ahead: frozenset[int] = frozenset()
         #: Settled pk by window, up to which it is known that no late event is missing here.
@@ -296,7 +292,7 @@ class Live:
             return True
         if self._given_up_at == self.buffer.settled_at:
             return False
-        with self._waits(), self._moved:
+        with self._turns.waits(), self._moved:
             self._proved_pk = max(self._proved_pk, needed)
             if self._moved.wait_for(lambda: self.buffer.settled_pk >= needed, _CATCH_UP_SECONDS):
                 return True
@@ -380,7 +376,7 @@ class Live:
             return base.starts[0]
         if self._first_event is None:
             try:
-                with self._asks():
+                with self._turns.asks():
                     self._first_event = to_micros(changelog.span()[0])
             except SourceRefused:  # there is no event
                 return to_micros(self.buffer.settled_at) // HOUR_US * HOUR_US
@@ -405,7 +401,7 @@ class Live:
 
         if not suspects():
             return []
-        with self._asks():
+        with self._turns.asks():
             # Somebody else may have asked meanwhile.
             found = suspects()
             late = {one.window for one in changelog.late(found)}
@@ -421,39 +417,10 @@ class Live:
     def _fill(self, changelog: ChangeLog, hour: int, floor: int) -> None:
         if self.buffer.missing(hour, floor) is None:
             return
-        with self._asks():
+        with self._turns.asks():
             upto = self.buffer.missing(hour, floor)
             if upto is None:
                 return
             settlement = Settlement(upto, datetime.min.replace(tzinfo=UTC), self.buffer.settled_at, self._identity or "")
             with changelog.read(window_of(hour), settlement, after_pk=floor or None) as batches:
                 self.buffer.fill(hour, floor, upto, batches)
-
-    @contextmanager
-    def _asks(self) -> Iterator[None]:
-        """The turn of one reader to ask Postgres. Raises ``FlightUnavailable`` when it does not come."""
-        if not self._filling.acquire(blocking=False):
-            with self._waits():
-                if not self._filling.acquire(timeout=_CATCH_UP_SECONDS):
-                    raise _too_slow()
-        try:
-            yield
-        finally:
-            self._filling.release()
-
-    @contextmanager
-    def _waits(self) -> Iterator[None]:
-        """One of the readers that wait. Raises ``FlightUnavailable`` when there are enough of them."""
-        if not self._waiting.acquire(blocking=False):
-            raise _too_slow()
-        try:
-            yield
-        finally:
-            self._waiting.release()
-
-
-def _too_slow() -> FlightUnavailable:
-    return FlightUnavailable(
-        "The asked range has events that are not published, and the change log gives them too slowly for all who wait for some; "
-        "try again in a moment."
-    )

@@ -21,6 +21,7 @@ from fraiseql_pipeline.changelog import ChangeLog
 from fraiseql_pipeline.errors import FlightUnavailable, SourceRefused, TicketError
 from fraiseql_pipeline.flight import live as live_module
 from fraiseql_pipeline.flight import service
+from fraiseql_pipeline.flight import turns as turns_module
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import Client
 from fraiseql_pipeline.flight.received import Receipt
@@ -364,19 +365,19 @@ def test_who_waits_too_long_for_the_log_or_with_too_many_is_told_so(
     with followed(changelog_url, lake, start_server) as live:
         live.reaches(pks[-1])
         live.keys(start=LAST)
-        service = live.service
-        eventually(lambda: not service._filling.locked())
+        turns = live.service._turns
+        eventually(lambda: not turns.taken)
         if too == "long":
-            monkeypatch.setattr(live_module, "_CATCH_UP_SECONDS", 0.05)
+            monkeypatch.setattr(turns_module, "_TURN_SECONDS", 0.05)
         else:
-            monkeypatch.setattr(service, "_waiting", threading.BoundedSemaphore(1))
-            service._waiting.acquire()
+            monkeypatch.setattr(turns, "_waiting", threading.BoundedSemaphore(1))
+            turns._waiting.acquire()
         found: list[list[int]] = []
         first = threading.Thread(target=lambda: found.append(live.keys(start=LAST - 30 * HOUR, end=LAST - 29 * HOUR)))
         with psycopg.connect(live.url) as locked:
             locked.execute("LOCK TABLE core.tb_entity_change_log IN ACCESS EXCLUSIVE MODE")
             first.start()
-            eventually(service._filling.locked)
+            eventually(lambda: turns.taken)
             with pytest.raises(FlightUnavailable, match="the change log gives them too slowly for all who wait"):
                 live.client.info(start=LAST - 40 * HOUR, end=LAST - 39 * HOUR)
             assert live.client.info(start=LAST, end=LAST + timedelta(minutes=1)).rows is None, "what is here waits for nobody"
