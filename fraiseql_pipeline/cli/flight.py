@@ -21,10 +21,11 @@ from fraiseql_pipeline.errors import InputError, NotAuthenticated, WindowMissing
 from fraiseql_pipeline.event import UUID_PATTERN
 from fraiseql_pipeline.flight.auth import SCOPES, new_token
 from fraiseql_pipeline.flight.client import Client, Tls, connect
+from fraiseql_pipeline.flight.log import log_to_stderr
 from fraiseql_pipeline.flight.plan import plan
 from fraiseql_pipeline.flight.received import KEPT, Receipt, facts_of, receipt_of
 from fraiseql_pipeline.flight.view import pinned
-from fraiseql_pipeline.flight.workers import Started, log_to_stderr, run
+from fraiseql_pipeline.flight.workers import Started, run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket

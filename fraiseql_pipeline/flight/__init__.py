@@ -2,9 +2,10 @@
 
 What lives here: nothing but the names of its files, in the order in which a request meets them. A client loads ``client`` alone.
 
-    protocol     the messages of Flight          workers      processes, an orderly end (``signals``: what it is told)
-    client       reads, checks, follows          server       one process: port, threads, drain
-    received     what it gets, and the receipt   tls          its certificates (``watched``: files read again)
+    protocol     the messages of Flight          workers      from the start of ``serve`` to its end (``signals``: told, ``log``: said)
+    client       reads, checks, follows          fleet        its processes
+    received     what it gets, and the receipt   server       one process: port, threads, drain
+                                                 tls          its certificates (``watched``: files read again)
 
     edge         every call, in and out          auth         who it is for
     limits       how much, how many, how long    session      options in a cookie (``presence``: still there?)

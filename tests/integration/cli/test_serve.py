@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from fraiseql_pipeline.cli import flight
-from fraiseql_pipeline.flight.workers import Started, log_to_stderr
+from fraiseql_pipeline.flight.log import log_to_stderr
+from fraiseql_pipeline.flight.workers import Started
 from fraiseql_pipeline.settings import Settings
 from tests.integration.cli.conftest import Run
 

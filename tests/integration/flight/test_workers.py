@@ -17,8 +17,9 @@ from pyarrow import flight
 from fraiseql_pipeline.errors import FlightUnavailable, PipelineError, SettingsError, SourceRefused
 from fraiseql_pipeline.flight.auth import new_token
 from fraiseql_pipeline.flight.client import connect
+from fraiseql_pipeline.flight.fleet import _COUNTS
 from fraiseql_pipeline.flight.server import serve
-from fraiseql_pipeline.flight.workers import _COUNTS, run
+from fraiseql_pipeline.flight.workers import run
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
 from tests.integration.flight.conftest import EVERYTHING, HELD, MIDNIGHT, ROWS, hour, publish
@@ -96,7 +97,7 @@ import os, struct, sys
 from pathlib import Path
 import grpc
 from fraiseql_pipeline.errors import SettingsError
-from fraiseql_pipeline.flight import workers
+from fraiseql_pipeline.flight import fleet
 from fraiseql_pipeline.flight.edge import METHODS
 from fraiseql_pipeline.flight.metrics import Metrics
 directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
@@ -109,8 +110,8 @@ if "full" in sys.argv:
         allocate(*rest)
     os.posix_fallocate = full
 try:
-    workers._reserve(directory)
-    workers._reserve(directory)
+    fleet._reserve(directory)
+    fleet._reserve(directory)
 except SettingsError as error:
     print(error, len(list(directory.iterdir())))
     raise SystemExit(0)
@@ -121,7 +122,7 @@ for method in METHODS:
         metrics.ended(method, code.name, 1.0, sent_bytes=1, rows=1, waited=1.0)
 for file in directory.iterdir():
     state = file.stat()
-    print(file.name, state.st_size == workers._COUNTS_BYTES and state.st_blocks * 512 >= state.st_size)
+    print(file.name, state.st_size == fleet._COUNTS_BYTES and state.st_blocks * 512 >= state.st_size)
 """
 
 
