@@ -199,14 +199,19 @@ def _work(chosen: dict[str, Any], lake_was_there: bool, insecure: bool, parent: 
         lake.was_there = lake_was_there
         server = serve(settings, lake=lake, insecure=insecure, share_port=True)
     except SettingsError as error:
-        report.send(error)
+        _tell(report, error)
         return
-    report.send(server.url)
-    report.close()
+    _tell(report, server.url)
     signals, passed_on = socket.socketpair()
     with server, signals:
         threading.Thread(target=_answer, args=(parent, passed_on), name="control", daemon=True).start()
         server.run_until_signal(signals)
+
+
+def _tell(report: Connection, said: str | SettingsError) -> None:
+    """Tell where this worker listens, or why it does not; a supervisor that is told to stop meanwhile waits for no report."""
+    with report, suppress(BrokenPipeError):
+        report.send(said)
 
 
 def _answer(parent: socket.socket, signals: socket.socket) -> None:

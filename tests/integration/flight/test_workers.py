@@ -226,6 +226,24 @@ def test_a_stop_is_heard_while_a_worker_is_being_replaced(start: Start, tmp_path
 
 
 @pytest.mark.slow
+def test_a_stop_before_the_workers_listen_is_an_orderly_end(lake_uri: str, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "fraiseql_pipeline", "serve"]
+    chosen = {
+        "FRAISEQL_LAKE_URI": lake_uri,
+        "FRAISEQL_ARROW_FLIGHT_BIND": "127.0.0.1:0",
+        "FRAISEQL_METRICS_BIND": "off",
+        "FRAISEQL_ARROW_FLIGHT_WORKERS": "2",
+    }
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "TMPDIR": str(tmp_path), **chosen}
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        eventually(lambda: len(workers_of(process)) == 2)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_the_workers_at_once(start: Start) -> None:
     process, url, metrics = start(FRAISEQL_ARROW_FLIGHT_WORKERS="2", FRAISEQL_ARROW_FLIGHT_DRAIN_SECONDS="3600")
     with flight.connect(url) as client:
