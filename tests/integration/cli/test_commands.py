@@ -172,7 +172,8 @@ def test_audit_names_the_window_that_lost_an_event_in_the_source(run: Run, chang
     materialize(run)
     with psycopg.connect(changelog_url, autocommit=True) as connection:
         gone = connection.execute(
-            "DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log = (SELECT max(pk_entity_change_log) FROM core.tb_entity_change_log WHERE created_at < %s)"
+            "DELETE FROM core.tb_entity_change_log WHERE pk_entity_change_log ="
+            " (SELECT max(pk_entity_change_log) FROM core.tb_entity_change_log WHERE isfinite(created_at) AND created_at < %s)"
             " RETURNING pk_entity_change_log, created_at",
             [end - timedelta(hours=3)],
         ).fetchone()
