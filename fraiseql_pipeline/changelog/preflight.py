@@ -85,6 +85,12 @@ def _check_source(source: Mapping[str, Any]) -> None:
         raise SourceRefused(
             f"A part of {TABLE} is a foreign table, whose writers cannot be seen; read the database it is in, or detach that part."
         )
+    if source["subscription"] is not None:
+        raise SourceRefused(
+            f"{TABLE} is filled by the subscription {source['subscription']!r}, and the transactions that still write it are open in another database, "
+            "where they cannot be seen from here; set FRAISEQL_DATABASE_URL to the publisher. If this database has taken over, "
+            "ALTER SUBSCRIPTION … DISABLE."
+        )
     if not source["may_use_schema"]:
         raise SourceRefused(f"Role {source['role']!r} may not use schema core; GRANT USAGE ON SCHEMA core to it.")
 

@@ -14,13 +14,13 @@ import pytest
 
 from fraiseql_pipeline.changelog import ChangeLog, Contract, embedded
 from fraiseql_pipeline.changelog.append import Appender
-from fraiseql_pipeline.changelog.connection import explain_text
+from fraiseql_pipeline.changelog.connection import explain_text, sql
 from fraiseql_pipeline.changelog.contract import OPTIONAL, REQUIRED
 from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.settings import Settings
 from tests.support.events import batch_events
-from tests.support.reading import WINDOW
+from tests.support.reading import WINDOW, execute
 
 _TABLE = "core.tb_entity_change_log"
 _OLD_CONTRACT = f"""
@@ -388,6 +388,41 @@ def test_a_standby_is_refused(short_directory: Path) -> None:
             _preflight(url)
         with pytest.raises(SourceRefused, match="is a standby"):
             appender.append(batch_events(WINDOW, 1).select(EVENT_SCHEMA.names), "test")
+
+
+@pytest.mark.skipif("FRAISEQL_TEST_DSN" in os.environ, reason="needs a server with logical replication")
+@pytest.mark.parametrize("parts", [False, True], ids=["the log", "a part of it"])
+def test_a_log_that_a_subscription_fills_is_refused(short_directory: Path, parts: bool) -> None:
+    with embedded.start(short_directory / "pg", {"wal_level": "logical", "max_wal_senders": "4"}) as server:
+        there, here = (embedded.database_url(server, name) for name in ("there", "here"))
+        execute(server, "CREATE DATABASE there")
+        execute(server, "CREATE DATABASE here")
+        for url in (there, here):
+            execute(url, sql("contract"))
+        filled = _TABLE
+        if parts:
+            filled = "core.older"
+            execute(there, f"CREATE TABLE {filled} (LIKE {_TABLE})")
+            execute(here, f"CREATE TABLE {filled} () INHERITS ({_TABLE})")
+        execute(there, f"CREATE PUBLICATION log FOR TABLE {filled}")
+        execute(there, "SELECT pg_create_logical_replication_slot('log', 'pgoutput')")
+        assert _preflight(here).can_seal
+        execute(
+            here,
+            f"CREATE SUBSCRIPTION log CONNECTION 'host={short_directory}/pg user=postgres dbname=there' PUBLICATION log WITH (create_slot = false)",
+        )
+        execute(here, "CREATE ROLE reader LOGIN BYPASSRLS; GRANT USAGE ON SCHEMA core TO reader")
+        execute(here, f"GRANT SELECT ON {_TABLE} TO reader")
+        try:
+            # Whatever has arrived, also where the sequence is ahead of it.
+            with pytest.raises(SourceRefused, match=r"subscription 'log'.*publisher.*DISABLE"):
+                _preflight(here, "reader")
+            execute(here, "ALTER SUBSCRIPTION log DISABLE")
+            assert _preflight(here).can_seal
+        finally:
+            execute(here, "ALTER SUBSCRIPTION log DISABLE")
+            execute(here, "ALTER SUBSCRIPTION log SET (slot_name = NONE)")
+            execute(here, "DROP SUBSCRIPTION log")
 
 
 @pytest.mark.parametrize(
