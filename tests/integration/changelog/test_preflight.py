@@ -435,9 +435,10 @@ def test_a_log_that_a_subscription_fills_is_refused(short_directory: Path, parts
         ("SSL SYSCALL error: Connection reset by peer", True),
         ("SSL error: certificate verify failed", False),
         ("server does not support SSL, but SSL was required", False),
+        ("transaction blocks not allowed in statement pooling mode\nserver closed the connection unexpectedly", False),
     ],
 )
-def test_a_connection_that_ends_may_be_tried_again_and_one_that_cannot_agree_on_tls_may_not(text: str, retryable: bool) -> None:
+def test_a_connection_that_ends_may_be_tried_again_and_one_that_can_never_serve_may_not(text: str, retryable: bool) -> None:
     assert explain_text(text).retryable is retryable
 
 
