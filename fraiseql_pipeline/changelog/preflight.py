@@ -199,6 +199,10 @@ def _warnings(source: Mapping[str, Any], columns: Mapping[str, str], sequence: _
             f"Role {source['role']!r} may not read the sequence {sequence.name}, so rows written with keys of their own above it go unnoticed; "
             f"GRANT SELECT ON SEQUENCE {sequence.name} to it."
         )
+    if source["unlogged"]:
+        warnings.append(
+            f"{TABLE} or a part of it is UNLOGGED: a crash of Postgres empties it, and what is not published by then is lost; ALTER TABLE … SET LOGGED."
+        )
     if source["unindexed"]:
         warnings.append(
             f"{TABLE} has no index on created_at, so every window reads the whole table; CREATE INDEX CONCURRENTLY ON {TABLE} (created_at)."

@@ -13,6 +13,7 @@ SELECT pg_is_in_recovery()                                          AS standby,
        has_schema_privilege(c.relnamespace, 'USAGE')                AS may_use_schema,
        has_table_privilege(c.oid, 'SELECT')                         AS may_read,
        EXISTS (SELECT FROM part JOIN pg_class p ON p.oid = part.oid WHERE p.relkind = 'f') AS has_foreign_part,
+       EXISTS (SELECT FROM part JOIN pg_class p ON p.oid = part.oid WHERE p.relkind = 'r' AND p.relpersistence = 'u') AS unlogged,
        (SELECT min(s.subname::text) FROM part JOIN pg_subscription_rel f ON f.srrelid = part.oid
                                               JOIN pg_subscription s ON s.oid = f.srsubid AND s.subenabled) AS subscription,
        pg_has_role('pg_read_all_stats', 'USAGE')                    AS may_see_sessions,

@@ -132,6 +132,18 @@ def test_a_change_log_without_an_index_on_its_times_is_read_with_a_warning(
     assert warning.endswith("CREATE INDEX CONCURRENTLY ON core.tb_entity_change_log (created_at).")
 
 
+@pytest.mark.parametrize(
+    "unlogged",
+    [f"ALTER TABLE {_TABLE} SET UNLOGGED", f"CREATE UNLOGGED TABLE core.newest () INHERITS ({_TABLE})"],
+    ids=["the log", "a part of it"],
+)
+def test_a_log_that_a_crash_would_empty_is_told(owner: psycopg.Connection[Any], changelog_url: str, unlogged: str) -> None:
+    assert _preflight(changelog_url).warnings == ()
+    owner.execute(unlogged)
+    (warning,) = _preflight(changelog_url).warnings
+    assert "UNLOGGED" in warning
+
+
 def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(_OLD_CONTRACT)
