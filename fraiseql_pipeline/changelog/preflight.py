@@ -203,9 +203,10 @@ def _warnings(source: Mapping[str, Any], columns: Mapping[str, str], sequence: _
         warnings.append(
             f"{TABLE} or a part of it is UNLOGGED: a crash of Postgres empties it, and what is not published by then is lost; ALTER TABLE … SET LOGGED."
         )
-    if source["unindexed"]:
+    for column, part in sorted((source["unindexed"] or {}).items()):
+        reads = "every window reads" if column == "created_at" else "every settlement and every look for late events reads"
         warnings.append(
-            f"{TABLE} has no index on created_at, so every window reads the whole table; CREATE INDEX CONCURRENTLY ON {TABLE} (created_at)."
+            f"{part} has no index on {column}, so {reads} the whole table; CREATE INDEX CONCURRENTLY ON {part} ({column})."
         )
     if missing := [name for name in OPTIONAL if name not in columns]:
         warnings.append(f"{TABLE} is of an older contract: {_listed('column', missing)} will be null.")

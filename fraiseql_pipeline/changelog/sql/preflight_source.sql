@@ -3,6 +3,13 @@ WITH RECURSIVE log AS (
     SELECT oid, relkind, relnamespace FROM pg_class WHERE relname = 'tb_entity_change_log' AND relnamespace = to_regnamespace('core')
 ), part AS (
     SELECT oid FROM log UNION ALL SELECT i.inhrelid FROM pg_inherits i JOIN part ON part.oid = i.inhparent
+), unindexed AS (
+    SELECT needed.attname, min(part.oid::regclass::text) AS part
+      FROM part JOIN pg_class p ON p.oid = part.oid AND p.relkind = 'r'
+           JOIN pg_attribute needed ON needed.attrelid = part.oid AND needed.attname IN ('created_at', 'pk_entity_change_log')
+     WHERE NOT EXISTS (SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
+                        WHERE i.indrelid = part.oid AND i.indisvalid AND i.indpred IS NULL AND i.indkey[0] = needed.attnum AND m.amname = 'btree')
+     GROUP BY needed.attname
 )
 SELECT pg_is_in_recovery()                                          AS standby,
        current_user::text                                           AS role,
@@ -24,7 +31,6 @@ SELECT pg_is_in_recovery()                                          AS standby,
          WHERE d.datname = current_database())                       AS unencoded,
        current_setting('quote_all_identifiers')::boolean            AS quotes_all,
        current_database()::text                                     AS database,
-       c.relkind = 'r' AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-                                        WHERE i.indrelid = c.oid AND i.indisvalid AND a.attname = 'created_at') AS unindexed
+       (SELECT jsonb_object_agg(attname, part) FROM unindexed)      AS unindexed
   FROM (SELECT 1) AS one
   LEFT JOIN log AS c ON true

@@ -133,8 +133,36 @@ def test_a_change_log_without_an_index_on_its_times_is_read_with_a_warning(
 
 
 @pytest.mark.parametrize(
+    ("altered", "told"),
+    [
+        (
+            f"ALTER TABLE {_TABLE} DROP CONSTRAINT tb_entity_change_log_pkey",
+            f"{_TABLE} has no index on pk_entity_change_log, so every settlement",
+        ),
+        ("DROP INDEX core.idx_entity_log_created", f"{_TABLE} has no index on created_at, so every window"),
+        (
+            f"DROP INDEX core.idx_entity_log_created; CREATE INDEX ON {_TABLE} (created_at) WHERE object_type = 'Order'",
+            f"{_TABLE} has no index on created_at",
+        ),
+        (
+            f"CREATE TABLE core.newest (PRIMARY KEY (created_at, pk_entity_change_log)) INHERITS ({_TABLE})",
+            "core.newest has no index on pk_entity_change_log",
+        ),
+    ],
+    ids=["its key", "its time", "a part of its rows", "the key of a part"],
+)
+def test_an_index_that_is_missing_is_told(owner: psycopg.Connection[Any], changelog_url: str, altered: str, told: str) -> None:
+    owner.execute(altered)
+    (warning,) = _preflight(changelog_url).warnings
+    assert warning.startswith(told)
+
+
+@pytest.mark.parametrize(
     "unlogged",
-    [f"ALTER TABLE {_TABLE} SET UNLOGGED", f"CREATE UNLOGGED TABLE core.newest () INHERITS ({_TABLE})"],
+    [
+        f"ALTER TABLE {_TABLE} SET UNLOGGED",
+        f"CREATE UNLOGGED TABLE core.newest (LIKE {_TABLE} INCLUDING INDEXES) INHERITS ({_TABLE})",
+    ],
     ids=["the log", "a part of it"],
 )
 def test_a_log_that_a_crash_would_empty_is_told(owner: psycopg.Connection[Any], changelog_url: str, unlogged: str) -> None:
