@@ -163,6 +163,11 @@ def translated() -> Iterator[None]:
 #: How libpq and Postgres say why a connection failed → our sentence and whether trying again may help.
 _CONNECT_FAILURES: tuple[tuple[str, type[SourceError], str], ...] = (
     (
+        r"statement pooling mode",
+        SourceRefused,
+        "is behind a pooler in statement mode, which takes no transactions: use its transaction mode",
+    ),
+    (
         r"password authentication failed|authentication failed|no password supplied",
         SourceRefused,
         "refused the user or the password",

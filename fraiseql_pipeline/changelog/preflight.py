@@ -85,6 +85,12 @@ def _check_source(source: Mapping[str, Any]) -> None:
         raise SourceRefused(
             f"A part of {TABLE} is a foreign table, whose writers cannot be seen; read the database it is in, or detach that part."
         )
+    if source["subscription"] is not None:
+        raise SourceRefused(
+            f"{TABLE} is filled by the subscription {source['subscription']!r}, and the transactions that still write it are open in another database, "
+            "where they cannot be seen from here; set FRAISEQL_DATABASE_URL to the publisher. If this database has taken over, "
+            "ALTER SUBSCRIPTION … DISABLE."
+        )
     if not source["may_use_schema"]:
         raise SourceRefused(f"Role {source['role']!r} may not use schema core; GRANT USAGE ON SCHEMA core to it.")
 
@@ -193,9 +199,14 @@ def _warnings(source: Mapping[str, Any], columns: Mapping[str, str], sequence: _
             f"Role {source['role']!r} may not read the sequence {sequence.name}, so rows written with keys of their own above it go unnoticed; "
             f"GRANT SELECT ON SEQUENCE {sequence.name} to it."
         )
-    if source["unindexed"]:
+    if source["unlogged"]:
         warnings.append(
-            f"{TABLE} has no index on created_at, so every window reads the whole table; CREATE INDEX CONCURRENTLY ON {TABLE} (created_at)."
+            f"{TABLE} or a part of it is UNLOGGED: a crash of Postgres empties it, and what is not published by then is lost; ALTER TABLE … SET LOGGED."
+        )
+    for column, part in sorted((source["unindexed"] or {}).items()):
+        reads = "every window reads" if column == "created_at" else "every settlement and every look for late events reads"
+        warnings.append(
+            f"{part} has no index on {column}, so {reads} the whole table; CREATE INDEX CONCURRENTLY ON {part} ({column})."
         )
     if missing := [name for name in OPTIONAL if name not in columns]:
         warnings.append(f"{TABLE} is of an older contract: {_listed('column', missing)} will be null.")

@@ -91,11 +91,13 @@ class Session:
         self._connection = connection
 
     def begin(self, *, timeout_seconds: float, free_plan: bool = False, snapshot: str | None = None) -> None:
-        """Opens the transaction of a read, in an exported snapshot if one is named."""
+        """Opens the transaction of a read, in an exported snapshot if one is named: fails then where somebody waits to alter the log."""
         timeout_seconds = max(0.001, timeout_seconds)  # 0 would be none
         self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         if snapshot is not None:
             self.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
+            # Not behind a migration that waits for the transaction of the snapshot, which ends after this one has read.
+            self.execute(f"LOCK TABLE {TABLE} IN ACCESS SHARE MODE NOWAIT")
         else:
             # Before anything that takes the snapshot: the rows of an ALTER TABLE that writes the table anew are invisible to older ones.
             self.execute(f"SET LOCAL lock_timeout = '{SESSION['lock_timeout']}'")

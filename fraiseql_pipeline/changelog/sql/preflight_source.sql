@@ -1,4 +1,16 @@
 -- What the source is: one row whatever exists. Readable by every role.
+WITH RECURSIVE log AS (
+    SELECT oid, relkind, relnamespace FROM pg_class WHERE relname = 'tb_entity_change_log' AND relnamespace = to_regnamespace('core')
+), part AS (
+    SELECT oid FROM log UNION ALL SELECT i.inhrelid FROM pg_inherits i JOIN part ON part.oid = i.inhparent
+), unindexed AS (
+    SELECT needed.attname, min(part.oid::regclass::text) AS part
+      FROM part JOIN pg_class p ON p.oid = part.oid AND p.relkind = 'r'
+           JOIN pg_attribute needed ON needed.attrelid = part.oid AND needed.attname IN ('created_at', 'pk_entity_change_log')
+     WHERE NOT EXISTS (SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
+                        WHERE i.indrelid = part.oid AND i.indisvalid AND i.indpred IS NULL AND i.indkey[0] = needed.attnum AND m.amname = 'btree')
+     GROUP BY needed.attname
+)
 SELECT pg_is_in_recovery()                                          AS standby,
        current_user::text                                           AS role,
        to_regnamespace('core') IS NOT NULL                          AS has_schema,
@@ -7,8 +19,10 @@ SELECT pg_is_in_recovery()                                          AS standby,
        row_security_active(c.oid)                                   AS filtered,
        has_schema_privilege(c.relnamespace, 'USAGE')                AS may_use_schema,
        has_table_privilege(c.oid, 'SELECT')                         AS may_read,
-       EXISTS (WITH RECURSIVE part AS (SELECT c.oid UNION ALL SELECT i.inhrelid FROM pg_inherits i JOIN part ON part.oid = i.inhparent)
-               SELECT FROM part JOIN pg_class p ON p.oid = part.oid WHERE p.relkind = 'f') AS has_foreign_part,
+       EXISTS (SELECT FROM part JOIN pg_class p ON p.oid = part.oid WHERE p.relkind = 'f') AS has_foreign_part,
+       EXISTS (SELECT FROM part JOIN pg_class p ON p.oid = part.oid WHERE p.relkind = 'r' AND p.relpersistence = 'u') AS unlogged,
+       (SELECT min(s.subname::text) FROM part JOIN pg_subscription_rel f ON f.srrelid = part.oid
+                                              JOIN pg_subscription s ON s.oid = f.srsubid AND s.subenabled) AS subscription,
        pg_has_role('pg_read_all_stats', 'USAGE')                    AS may_see_sessions,
        current_setting('track_activities')::boolean                 AS tracks_sessions,
        (SELECT array_agg(p.polname::text ORDER BY p.polname) FROM pg_policy p WHERE p.polrelid = c.oid) AS policies,
@@ -17,7 +31,6 @@ SELECT pg_is_in_recovery()                                          AS standby,
          WHERE d.datname = current_database())                       AS unencoded,
        current_setting('quote_all_identifiers')::boolean            AS quotes_all,
        current_database()::text                                     AS database,
-       c.relkind = 'r' AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-                                        WHERE i.indrelid = c.oid AND i.indisvalid AND a.attname = 'created_at') AS unindexed
+       (SELECT jsonb_object_agg(attname, part) FROM unindexed)      AS unindexed
   FROM (SELECT 1) AS one
-  LEFT JOIN pg_class c ON c.relname = 'tb_entity_change_log' AND c.relnamespace = to_regnamespace('core')
+  LEFT JOIN log AS c ON true

@@ -14,13 +14,13 @@ import pytest
 
 from fraiseql_pipeline.changelog import ChangeLog, Contract, embedded
 from fraiseql_pipeline.changelog.append import Appender
-from fraiseql_pipeline.changelog.connection import explain_text
+from fraiseql_pipeline.changelog.connection import explain_text, sql
 from fraiseql_pipeline.changelog.contract import OPTIONAL, REQUIRED
 from fraiseql_pipeline.errors import SettingsError, SourceError, SourceRefused, SourceUnavailable
 from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.settings import Settings
 from tests.support.events import batch_events
-from tests.support.reading import WINDOW
+from tests.support.reading import WINDOW, execute
 
 _TABLE = "core.tb_entity_change_log"
 _OLD_CONTRACT = f"""
@@ -124,6 +124,46 @@ def test_a_change_log_without_an_index_on_its_times_is_read_with_a_warning(
     owner.execute("DROP INDEX core.idx_entity_log_created")
     (warning,) = _preflight(changelog_url).warnings
     assert warning.endswith("CREATE INDEX CONCURRENTLY ON core.tb_entity_change_log (created_at).")
+
+
+@pytest.mark.parametrize(
+    ("altered", "told"),
+    [
+        (
+            f"ALTER TABLE {_TABLE} DROP CONSTRAINT tb_entity_change_log_pkey",
+            f"{_TABLE} has no index on pk_entity_change_log, so every settlement",
+        ),
+        ("DROP INDEX core.idx_entity_log_created", f"{_TABLE} has no index on created_at, so every window"),
+        (
+            f"DROP INDEX core.idx_entity_log_created; CREATE INDEX ON {_TABLE} (created_at) WHERE object_type = 'Order'",
+            f"{_TABLE} has no index on created_at",
+        ),
+        (
+            f"CREATE TABLE core.newest (PRIMARY KEY (created_at, pk_entity_change_log)) INHERITS ({_TABLE})",
+            "core.newest has no index on pk_entity_change_log",
+        ),
+    ],
+    ids=["its key", "its time", "a part of its rows", "the key of a part"],
+)
+def test_an_index_that_is_missing_is_told(owner: psycopg.Connection[Any], changelog_url: str, altered: str, told: str) -> None:
+    owner.execute(altered)
+    (warning,) = _preflight(changelog_url).warnings
+    assert warning.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "unlogged",
+    [
+        f"ALTER TABLE {_TABLE} SET UNLOGGED",
+        f"CREATE UNLOGGED TABLE core.newest (LIKE {_TABLE} INCLUDING INDEXES) INHERITS ({_TABLE})",
+    ],
+    ids=["the log", "a part of it"],
+)
+def test_a_log_that_a_crash_would_empty_is_told(owner: psycopg.Connection[Any], changelog_url: str, unlogged: str) -> None:
+    assert _preflight(changelog_url).warnings == ()
+    owner.execute(unlogged)
+    (warning,) = _preflight(changelog_url).warnings
+    assert "UNLOGGED" in warning
 
 
 def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str) -> None:
@@ -384,6 +424,41 @@ def test_a_standby_is_refused(short_directory: Path) -> None:
             appender.append(batch_events(WINDOW, 1).select(EVENT_SCHEMA.names), "test")
 
 
+@pytest.mark.skipif("FRAISEQL_TEST_DSN" in os.environ, reason="needs a server with logical replication")
+@pytest.mark.parametrize("parts", [False, True], ids=["the log", "a part of it"])
+def test_a_log_that_a_subscription_fills_is_refused(short_directory: Path, parts: bool) -> None:
+    with embedded.start(short_directory / "pg", {"wal_level": "logical", "max_wal_senders": "4"}) as server:
+        there, here = (embedded.database_url(server, name) for name in ("there", "here"))
+        execute(server, "CREATE DATABASE there")
+        execute(server, "CREATE DATABASE here")
+        for url in (there, here):
+            execute(url, sql("contract"))
+        filled = _TABLE
+        if parts:
+            filled = "core.older"
+            execute(there, f"CREATE TABLE {filled} (LIKE {_TABLE})")
+            execute(here, f"CREATE TABLE {filled} () INHERITS ({_TABLE})")
+        execute(there, f"CREATE PUBLICATION log FOR TABLE {filled}")
+        execute(there, "SELECT pg_create_logical_replication_slot('log', 'pgoutput')")
+        assert _preflight(here).can_seal
+        execute(
+            here,
+            f"CREATE SUBSCRIPTION log CONNECTION 'host={short_directory}/pg user=postgres dbname=there' PUBLICATION log WITH (create_slot = false)",
+        )
+        execute(here, "CREATE ROLE reader LOGIN BYPASSRLS; GRANT USAGE ON SCHEMA core TO reader")
+        execute(here, f"GRANT SELECT ON {_TABLE} TO reader")
+        try:
+            # Whatever has arrived, also where the sequence is ahead of it.
+            with pytest.raises(SourceRefused, match=r"subscription 'log'.*publisher.*DISABLE"):
+                _preflight(here, "reader")
+            execute(here, "ALTER SUBSCRIPTION log DISABLE")
+            assert _preflight(here).can_seal
+        finally:
+            execute(here, "ALTER SUBSCRIPTION log DISABLE")
+            execute(here, "ALTER SUBSCRIPTION log SET (slot_name = NONE)")
+            execute(here, "DROP SUBSCRIPTION log")
+
+
 @pytest.mark.parametrize(
     ("text", "retryable"),
     [
@@ -394,9 +469,10 @@ def test_a_standby_is_refused(short_directory: Path) -> None:
         ("SSL SYSCALL error: Connection reset by peer", True),
         ("SSL error: certificate verify failed", False),
         ("server does not support SSL, but SSL was required", False),
+        ("transaction blocks not allowed in statement pooling mode\nserver closed the connection unexpectedly", False),
     ],
 )
-def test_a_connection_that_ends_may_be_tried_again_and_one_that_cannot_agree_on_tls_may_not(text: str, retryable: bool) -> None:
+def test_a_connection_that_ends_may_be_tried_again_and_one_that_can_never_serve_may_not(text: str, retryable: bool) -> None:
     assert explain_text(text).retryable is retryable
 
 

@@ -300,6 +300,31 @@ def test_a_second_connection_that_cannot_be_had_only_costs_time(changelog_url: s
         execute(changelog_url, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+def test_a_migration_that_comes_before_the_second_connection_only_costs_time(
+    changelog_url: str, tiny_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(changelog_url, 6000, f"{START} + n * interval '0.5 s'", payload=WIDE)
+    migration = threading.Thread(
+        target=execute, args=[changelog_url, "ALTER TABLE core.tb_entity_change_log ADD COLUMN note text"], daemon=True
+    )
+    queued = (
+        "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database WHERE datname = current_database() AND NOT granted"
+    )
+    opened = read_module.Readers.open
+
+    def asks_first(self: read_module.Readers, **options: Any) -> object:
+        if options.get("snapshot") and migration.ident is None:
+            migration.start()
+            while execute(changelog_url, queued) == [(0,)]:
+                time.sleep(0.01)
+        return opened(self, **options)
+
+    monkeypatch.setattr(read_module.Readers, "open", asks_first)
+    # One that waits behind the migration is waited for by the first one, for which the migration waits.
+    assert keys(read(changelog_url, read_connections=2)) == expected_keys(changelog_url)
+    migration.join()
+
+
 def test_a_server_that_restarts_between_windows_is_not_noticed(own_server: Crashing) -> None:
     with pool(own_server.url) as readers:
         before = keys(readers.read())
