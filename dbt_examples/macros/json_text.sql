@@ -1,4 +1,8 @@
-{#- The text at a top-level key of a JSON document that is stored as text; null where the key is missing or JSON null. -#}
+{#- The text at a top-level key of a JSON document that is stored as text; null where the key is missing or JSON null.
+
+    A column of type `json` may hold half a surrogate pair (`"\ud83d"`, a text that was cut within an emoji), which Postgres prints as it
+    stands. DuckDB reads no such document and would end the query: there its fields are null.
+-#}
 {% macro json_text(column, key) -%}
   {{ return(adapter.dispatch('json_text')(column, key)) }}
 {%- endmacro %}
@@ -8,7 +12,7 @@
 {%- endmacro %}
 
 {% macro duckdb__json_text(column, key) -%}
-  json_extract_string({{ column }}, '$.{{ key }}')
+  case when json_valid({{ column }}) then json_extract_string({{ column }}, '$.{{ key }}') end
 {%- endmacro %}
 
 {% macro clickhouse__json_text(column, key) -%}

@@ -244,9 +244,11 @@ def _left_out(asked: Ticket, now: datetime, rows: int, receipt: Receipt, size: W
     published = Window.holding(through, WindowSize.HOUR).start == through
     if published and asked.start < through < end and rows != asked.limit:
         behind = (
-            "what the range has" if size is None else f"{-((through - end) // timedelta(microseconds=size.micros)):,} window(s)"
+            "what the range has behind that is"
+            if size is None
+            else f"{-((through - end) // timedelta(microseconds=size.micros)):,} window(s) behind that are"
         )
-        yield f"Windows are published up to {through.isoformat(timespec='minutes')}; {behind} behind that is left out."
+        yield f"Windows are published up to {through.isoformat(timespec='minutes')}; {behind} left out."
 
 
 def _types_there(asked: Ticket, batches: Iterable[pa.RecordBatch]) -> str:

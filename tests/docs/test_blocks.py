@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -130,6 +131,23 @@ def test_a_block_that_is_not_run_says_why(block: Block) -> None:
 
 def test_the_readme_has_blocks_that_run() -> None:
     assert sum(block.document == "README.md" for block in RUN) >= 6
+
+
+def test_a_package_that_the_demo_does_not_bring_is_named_where_it_is_used() -> None:
+    """A reader has what `make demo` has installed; the tests have more."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = {re.split(r"[^\w-]", each)[0] for extra in ("dbt", "clients") for each in project["optional-dependencies"][extra]}
+    used = 0
+    for block in BLOCKS:
+        imported = (
+            set(re.findall(r"^(?:import|from) (\w+)", block.code, flags=re.MULTILINE)) if block.language == "python" else set()
+        )
+        for package in sorted(optional):
+            if package.replace("-", "_") in imported:
+                (document,) = [each for each in documents() if each.relative_to(ROOT).as_posix() == block.document]
+                assert re.search(rf"`(?:pip install )?{package}`", document.read_text(encoding="utf-8")), f"{block}: {package}"
+                used += 1
+    assert used >= 3
 
 
 def test_a_block_cannot_hide_behind_an_unknown_marker() -> None:

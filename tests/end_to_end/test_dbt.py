@@ -22,6 +22,9 @@ from tests.support.events import lake_events
 PROJECT = Path(__file__).parents[2] / "dbt_examples"
 HOURS = [Window.parse(f"2026-11-01-{hour:02d}:00") for hour in range(24)]
 EVENTS_PER_HOUR = 200
+#: What a column of type json takes and DuckDB does not: a text that was cut within an emoji.
+CUT_PAYLOAD = r'{"status": "paid", "note": "\ud83d"}'
+CUT_ENTITY = "99999999-9999-4999-8999-999999999999"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -82,7 +85,10 @@ def builds(at: Path, dbt: Callable[..., subprocess.CompletedProcess[str]]) -> di
     built["grown"] = build()
     late = lake_events(HOURS[0], EVENTS_PER_HOUR + 1, seed=7).slice(EVENTS_PER_HOUR)
     pk = max(lake_events(HOURS[3], EVENTS_PER_HOUR).column("pk").to_pylist()) + 1
-    publish(lake, HOURS[0], late.set_column(late.schema.get_field_index("pk"), late.schema.field("pk"), [[pk]]), append=True)
+    for name, value in {"pk": pk, "event_type": "Created", "entity_id": CUT_ENTITY, "data": CUT_PAYLOAD}.items():
+        field = late.schema.field(name)
+        late = late.set_column(late.schema.get_field_index(name), field, pa.array([value], field.type))
+    publish(lake, HOURS[0], late, append=True)
     built["late"] = build()
     return built
 
@@ -125,6 +131,23 @@ def test_a_new_window_adds_its_hour_and_leaves_the_others(builds: dict[str, Ware
 def test_a_late_event_corrects_its_hour_and_no_other(builds: dict[str, Warehouse]) -> None:
     assert builds["late"].events == 4 * EVENTS_PER_HOUR + 1
     assert {row[0] for row in set(builds["late"].rows) ^ set(builds["grown"].rows)} == {HOURS[0].start}
+
+
+def test_a_payload_that_the_engine_cannot_read_has_no_fields_and_ends_no_build(builds: dict[str, Warehouse], at: Path) -> None:
+    assert builds["late"].statuses
+    with duckdb.connect(str(at / "events.duckdb"), read_only=True) as connection:
+        found = connection.execute("select status, payload from entities_current where entity_id = ?", [CUT_ENTITY]).fetchall()
+        (typed,) = connection.execute("select count(status) from entities_current").fetchone() or (0,)
+    assert found == [(None, CUT_PAYLOAD)]
+    assert typed > 0
+
+
+def test_columns_are_quoted_as_the_engine_quotes_them() -> None:
+    """Double quotes make a text, and no column, of a name in Spark and BigQuery."""
+    for model in (PROJECT / "models").rglob("*.sql"):
+        statement = "\n".join(line for line in model.read_text(encoding="utf-8").splitlines() if "{#" not in line)
+        assert '"timestamp"' not in statement, model
+        assert '"data"' not in statement, model
 
 
 def test_freshness_tells_a_stale_lake(builds: dict[str, Warehouse], dbt: Callable[..., subprocess.CompletedProcess[str]]) -> None:

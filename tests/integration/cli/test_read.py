@@ -66,7 +66,7 @@ def test_what_is_not_published_of_the_asked_range_is_said(lake: Lake, end: datet
             assert provisional.startswith("1 window(s) of the range are provisional")
             assert behind == (
                 f"Windows are published up to {end.isoformat(timespec='minutes')}; "
-                f"{'what the range has' if at else '3 window(s)'} behind that is left out."
+                f"{'what the range has behind that is' if at else '3 window(s) behind that are'} left out."
             )
             told = json.loads(run(lake, "read", f"events:*:{since}:now:10", "--allow-missing", "--json", *at).stdout)
             assert told["rows"] == 150

@@ -23,11 +23,15 @@ def _attempts(run: dg.ExecuteInProcessResult) -> int:
     return 1 + sum(event.event_type_value == "STEP_UP_FOR_RETRY" for event in run.all_events)
 
 
-def _message(run: dg.ExecuteInProcessResult) -> str:
+def _failure(run: dg.ExecuteInProcessResult) -> Any:
     (failed,) = [event for event in run.all_events if event.event_type_value == "STEP_FAILURE"]
     failure = failed.step_failure_data.user_failure_data
     assert failure is not None
-    return failure.description or ""
+    return failure
+
+
+def _message(run: dg.ExecuteInProcessResult) -> str:
+    return _failure(run).description or ""
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,8 @@ def test_windows_beside_refused_ones_are_reported_and_each_halted_one_tells_why(
     assert not run.success
     assert _attempts(run) == 1
     assert all(window.key in _message(run) for window in halted)
+    refused = _failure(run).metadata["refused windows"].value.splitlines()
+    assert [("40 of 140" in line, "50 of 150" in line) for line in refused] == [(True, False), (False, True)]
     assert {key: shown["dagster/partition_row_count"] for key, shown in location.metadata().items()} == {
         window.key: 10 if window == MORNING[0] else 0 for window in sound
     }
