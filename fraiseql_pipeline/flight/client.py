@@ -76,6 +76,8 @@ class Client:
         if (tls.get("cert_chain") is None) != (tls.get("private_key") is None):
             # pyarrow takes no notice of the one without the other.
             raise InputError("cert_chain and private_key belong together; give both, or neither.")
+        if timeout_seconds is not None and not timeout_seconds > 0:
+            raise InputError(f"timeout_seconds must be more than 0, or None for no limit, got {timeout_seconds}.")
         if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
             raise InputError("A token must be printable ASCII without white space.")
         headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]

@@ -328,6 +328,11 @@ def translated(url: str) -> Iterator[None]:
             if found and sentence and words in head:
                 detail = _DETAIL.match(text, found.end(1))
                 raise _NAMED.get(detail[1] if detail else "", kind)(sentence) from None
+        # The server has words of its own for a call that it cuts.
+        if isinstance(error, flight.FlightTimedOutError) and "Deadline Exceeded" in sentence:
+            raise FlightUnavailable(
+                f"A call to the Flight server at {url} took longer than the timeout_seconds it was given; give more, or read a smaller range."
+            ) from None
         if isinstance(error, flight.FlightUnavailableError):
             for words, scheme, not_connected, why in _NOT_CONNECTED:
                 if re.search(words, sentence, re.DOTALL) and url.startswith(scheme):
