@@ -47,6 +47,8 @@ CODECS = ("none", "lz4", "zstd")
 
 _FORM = "events:<entity type>:<start>:<end>:<rows per batch>, for example events:Order:now-1h:now:5000"
 _SHOWN = 64
+#: A command of Flight SQL is a protobuf ``Any`` of one of its messages (FlightSql.proto).
+_FLIGHT_SQL = re.compile(rb"\n.type\.googleapis\.com/arrow\.flight\.protocol\.sql\.", re.DOTALL)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _ROWS = re.compile(r"\d{1,7}", re.ASCII)
 _ENCODED = re.compile(r"(?:[^%]|%[0-9A-Fa-f]{2})*", re.DOTALL)
@@ -110,6 +112,10 @@ class Ticket:
         """
         if len(data) > MAX_BYTES:
             raise TicketError(f"A ticket must not exceed {MAX_BYTES // 1024} KiB, got {len(data)} bytes.")
+        if _FLIGHT_SQL.match(data):
+            raise TicketError(
+                f"This server speaks no Flight SQL, so a driver for that cannot ask it; a ticket must look like {_FORM}."
+            )
         try:
             text = data.decode()
         except UnicodeDecodeError as error:

@@ -43,7 +43,9 @@ func (a access) secured() (credentials.TransportCredentials, error) {
 			return nil, err
 		}
 		config.RootCAs = x509.NewCertPool()
-		config.RootCAs.AppendCertsFromPEM(pem)
+		if !config.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("there is no certificate in %s", a.ca)
+		}
 	}
 	if a.cert != "" {
 		pair, err := tls.LoadX509KeyPair(a.cert, a.key)
@@ -166,7 +168,7 @@ func main() {
 	flag.StringVar(&given.cert, "cert", "", "PEM `file` of a client certificate, with -key")
 	flag.StringVar(&given.key, "key", "", "PEM `file` of its private key")
 	flag.Parse()
-	if flag.NArg() != 2 {
+	if flag.NArg() != 2 || (given.cert == "") != (given.key == "") {
 		fmt.Fprintln(os.Stderr, "usage: read_events [options] grpc://host:port TICKET")
 		flag.PrintDefaults()
 		os.Exit(2)

@@ -64,14 +64,16 @@ def main() -> None:
     arguments.add_argument("--interface", choices=["http", "https", "chdb"], default="http")
     arguments.add_argument("--path", help="with chdb: the directory of the database, instead of memory")
     chosen = arguments.parse_args()
+    if (chosen.cert is None) != (chosen.key is None):
+        arguments.error("--cert and --key belong together")
 
     # Fetch events from Flight
     files = {"tls_root_certs": chosen.ca, "cert_chain": chosen.cert, "private_key": chosen.key}
-    headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
-    client = flight.connect(chosen.url, **{name: Path(file).read_bytes() for name, file in files.items() if file})
     try:
+        headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
+        client = flight.connect(chosen.url, **{name: Path(file).read_bytes() for name, file in files.items() if file})
         table = client.do_get(flight.Ticket(chosen.ticket), flight.FlightCallOptions(headers=headers)).read_all()
-    except (flight.FlightError, pa.ArrowException) as refused:
+    except (flight.FlightError, pa.ArrowException, OSError) as refused:
         sys.exit(str(refused))
 
     # Insert into ClickHouse (direct Arrow support)

@@ -30,21 +30,23 @@ def main() -> None:
     arguments.add_argument("--cert", help="PEM file of a client certificate, with --key")
     arguments.add_argument("--key", help="PEM file of its private key")
     chosen = arguments.parse_args()
+    if (chosen.cert is None) != (chosen.key is None):
+        arguments.error("--cert and --key belong together")
 
     now = datetime.now(UTC).replace(tzinfo=None)
     start, end = (now - timedelta(hours=chosen.hours)).isoformat(), now.isoformat()
 
     files = {"tls_root_certs": chosen.ca, "cert_chain": chosen.cert, "private_key": chosen.key}
-    headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
-    client = flight.connect(
-        f"{'grpc+tls' if chosen.ca else 'grpc'}://{chosen.host}:{chosen.port}",
-        **{name: Path(file).read_bytes() for name, file in files.items() if file},
-    )
     try:
+        headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
+        client = flight.connect(
+            f"{'grpc+tls' if chosen.ca else 'grpc'}://{chosen.host}:{chosen.port}",
+            **{name: Path(file).read_bytes() for name, file in files.items() if file},
+        )
         ticket = flight.Ticket(f"events:{chosen.entity_type}:{start}:{end}:10000")
         reader = client.do_get(ticket, flight.FlightCallOptions(headers=headers))
         events = pl.from_arrow(reader.read_all())
-    except (flight.FlightError, pa.ArrowException) as refused:
+    except (flight.FlightError, pa.ArrowException, OSError) as refused:
         sys.exit(str(refused))
 
     print(f"Received {len(events)} events")

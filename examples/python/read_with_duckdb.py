@@ -59,11 +59,11 @@ if __name__ == "__main__":
     arguments.add_argument("--cert", help="PEM file of a client certificate, with --key")
     arguments.add_argument("--key", help="PEM file of its private key")
     chosen = arguments.parse_args()
-    token = chosen.token_file.read_text().strip() if chosen.token_file else None
     try:
+        token = chosen.token_file.read_text().strip() if chosen.token_file else None
         with connect(chosen.url, token=token, tls_root_certs=chosen.ca, cert_chain=chosen.cert, private_key=chosen.key) as client:
             main(client, chosen.ticket)
-    except PipelineError as refused:
+    except (PipelineError, OSError) as refused:
         sys.exit(str(refused))
     except duckdb.Error as broken:
         # A stream that breaks off does so inside DuckDB, which puts the sentence into its own.

@@ -18,6 +18,9 @@ read_table <- function(url, ticket, ca = NULL, token = NULL, cert = NULL, key = 
   client$do_get(flight$Ticket(ticket), flight$FlightCallOptions(headers = headers))$read_all()
 }
 
+# The token that a file holds.
+read_token <- function(file) if (is.null(file)) NULL else py_to_r(pem(file)$decode()$strip())
+
 # Python's bytes of a text.
 ascii <- function(text) import_builtins(convert = FALSE)$bytes(text, "ascii")
 
@@ -52,11 +55,11 @@ main <- function(arguments) {
     options[[sub("--", "", arguments[[1]])]] <- arguments[[2]]
     arguments <- arguments[-(1:2)]
   }
-  if (length(arguments) != 2) {
+  if (length(arguments) != 2 || is.null(options[["cert"]]) != is.null(options[["key"]])) {
     message("usage: read_events.R [--ca FILE] [--token-file FILE] [--cert FILE --key FILE] URL TICKET")
     quit(status = 2)
   }
-  token <- if (is.null(options[["token-file"]])) NULL else trimws(readLines(options[["token-file"]])[[1]])
+  token <- read_token(options[["token-file"]])
   events <- as_data_frame(
     read_table(arguments[[1]], arguments[[2]], options[["ca"]], token, options[["cert"]], options[["key"]])
   )

@@ -73,6 +73,11 @@ class Client:
         **tls: Unpack[Tls],
     ) -> None:
         self.url = url if "://" in url else f"grpc://{url}"
+        if (tls.get("cert_chain") is None) != (tls.get("private_key") is None):
+            # pyarrow takes no notice of the one without the other.
+            raise InputError("cert_chain and private_key belong together; give both, or neither.")
+        if timeout_seconds is not None and not timeout_seconds > 0:
+            raise InputError(f"timeout_seconds must be more than 0, or None for no limit, got {timeout_seconds}.")
         if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
             raise InputError("A token must be printable ASCII without white space.")
         headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
@@ -80,8 +85,14 @@ class Client:
             Encoding.named(profile)  # raises before the first call does
             headers.append((b"x-fraiseql-encoding", profile.encode()))
         self._options = flight.FlightCallOptions(headers=headers, timeout=timeout_seconds)
-        with self._translated():
-            self._flight = flight.connect(self.url, **{name: _pem(name, value) for name, value in tls.items() if value is not None})
+        files = {name: _pem(name, value) for name, value in tls.items() if value is not None}
+        try:
+            self._flight = flight.connect(self.url, **files)
+        except (pa.ArrowException, OSError):  # nothing is asked of the server yet
+            scheme, _, _ = self.url.partition("://")
+            raise InputError(
+                f"The URL of a Flight server must be grpc://host:port or grpc+tls://host:port; {scheme[:16]}:// with what follows is not."
+            ) from None
 
     def stream(self, ticket: str | bytes | None = None, **asked: Unpack[Asked]) -> Stream:
         """The events of a ticket, batch by batch; see ``read`` for the arguments."""

@@ -255,12 +255,24 @@ _NOT_CONNECTED: tuple[tuple[str, str, type[PipelineError], str], ...] = (
         "The server at {url} does not speak TLS; connect to it with grpc://, or serve it with FRAISEQL_ARROW_FLIGHT_TLS_CERT and its key.",
     ),
     (
+        r"failed to connect.*Peer name .* is not in peer certificate",
+        "grpc+tls",
+        FlightRefused,
+        "The certificate of the server at {url} is not for that host; connect to it by a name or an address that its subjectAltName lists.",
+    ),
+    (
+        r"failed to connect.*certificate (has expired|is not yet valid)",
+        "grpc+tls",
+        FlightRefused,
+        "The certificate of the server at {url} has expired or is not valid yet; whoever runs the server renews it, or a clock is wrong.",
+    ),
+    (
         r"failed to connect.*Ssl handshake failed",
         "grpc+tls",
         FlightRefused,
         (
             "The certificate of the server at {url} is not one this client trusts; name the PEM file of the authority that signed it with "
-            "tls_root_certs (--tls-root-certs), and the host as the certificate does."
+            "tls_root_certs (--tls-root-certs)."
         ),
     ),
     (
@@ -268,8 +280,8 @@ _NOT_CONNECTED: tuple[tuple[str, str, type[PipelineError], str], ...] = (
         "grpc+tls",
         FlightUnavailable,
         (
-            "The server at {url} ended the TLS handshake: it seems to ask for a client certificate; give one its authority has signed with "
-            "cert_chain and private_key (--cert-chain, --private-key)."
+            "The server at {url} ended the TLS handshake: it seems to ask for a client certificate; give one that its authority has signed "
+            "for clients and that has not expired with cert_chain and private_key (--cert-chain, --private-key)."
         ),
     ),
     (
@@ -286,6 +298,12 @@ _NOT_CONNECTED: tuple[tuple[str, str, type[PipelineError], str], ...] = (
             "The TLS files for {url} cannot be used: each must be PEM, and private_key (--private-key) the key of the first certificate in "
             "cert_chain (--cert-chain)."
         ),
+    ),
+    (
+        "errors resolving",
+        "",
+        FlightUnavailable,
+        "The host of {url} is not known here; check its name, or try again if names are not found right now.",
     ),
     ("failed to connect", "", FlightUnavailable, "No Flight server answers at {url}; start one with fraiseql-pipeline serve."),
 )
@@ -309,6 +327,11 @@ def translated(url: str) -> Iterator[None]:
             if found and sentence and words in head:
                 detail = _DETAIL.match(text, found.end(1))
                 raise _NAMED.get(detail[1] if detail else "", kind)(sentence) from None
+        # The server has words of its own for a call that it cuts.
+        if isinstance(error, flight.FlightTimedOutError) and "Deadline Exceeded" in sentence:
+            raise FlightUnavailable(
+                f"A call to the Flight server at {url} took longer than the timeout_seconds it was given; give more, or read a smaller range."
+            ) from None
         if isinstance(error, flight.FlightUnavailableError):
             for words, scheme, not_connected, why in _NOT_CONNECTED:
                 if re.search(words, sentence, re.DOTALL) and url.startswith(scheme):

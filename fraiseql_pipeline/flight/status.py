@@ -47,8 +47,8 @@ _CODES: tuple[tuple[type[PipelineError], grpc.StatusCode], ...] = (
 #: What FAILED_PRECONDITION is in Arrow's C++ clients (``arrow::StatusCode::Invalid``), with or without a detail.
 _ARROW_INVALID = "4"
 
-#: Statuses travel in HTTP/2 headers, which clients limit to 8 KiB or more.
-_MAX_MESSAGE = 1000
+#: Bytes of a sentence. Statuses travel in HTTP/2 headers, which clients limit to 8 KiB or more, and what is no ASCII takes three times as much there.
+_MAX_SENTENCE_BYTES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +86,5 @@ def status_of(error: Exception) -> Status:
         _log.warning("%s: %s", code.name, error)
     retry_after_seconds = error.retry_after_seconds if isinstance(error, FlightBusy) else None
     kind = type(error).__name__ if code is grpc.StatusCode.FAILED_PRECONDITION else None
-    return Status(code, str(error)[:_MAX_MESSAGE], retry_after_seconds, kind)
+    sentence = str(error).encode(errors="replace")[:_MAX_SENTENCE_BYTES].decode(errors="ignore")
+    return Status(code, sentence, retry_after_seconds, kind)

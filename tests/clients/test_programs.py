@@ -16,6 +16,7 @@ from fraiseql_pipeline.event import EVENT_SCHEMA, WIRE_SCHEMA
 from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from tests.clients.conftest import MIDNIGHT, PROGRAMS, Run, execute, instant
+from tests.support.certificates import Authority
 
 # The first test of a language builds its program, which may download what it is made of.
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(420)]
@@ -126,6 +127,41 @@ def test_a_program_that_is_not_let_in_counts_nothing(
     assert not STACK.search(done.stderr)
     if "--ca" in options:
         assert "not authenticated" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ca", "absent.pem"),
+        ("--ca", "ca.pem", "--token-file", "absent.token"),
+        ("--ca", "ca.pem", "--cert", "absent.pem", "--key", "reporting.key"),
+        ("--ca", "tokens"),
+        (*TOKEN, *PAIR[:2]),
+    ],
+    ids=["no such authority", "no such token", "no such certificate", "a file of another kind", "a certificate without its key"],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_is_given_a_wrong_file_says_so_and_counts_nothing(
+    program: str, options: tuple[str, ...], secured: FlightServer, credentials: Path, run: Run
+) -> None:
+    done = run(program, *files(options, credentials), secured.url, f"events:Order:{instant(0)}:{instant(4)}:10000")
+    assert done.returncode in {1, 2}
+    assert done.stdout == ""
+    assert done.stderr
+    assert not STACK.search(done.stderr)
+    if absent := [option for option in options if option.startswith("absent")]:
+        assert absent[0] in done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_says_that_a_certificate_is_not_one_it_trusts(
+    program: str, secured: FlightServer, credentials: Path, run: Run
+) -> None:
+    another = Authority(credentials, "another authority")
+    options = ("--ca", another.ca.name, "--token-file", "reporting.token")
+    done = run(program, *files(options, credentials), secured.url, f"events:Order:{instant(0)}:{instant(4)}:10000")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"certificat", done.stderr, re.IGNORECASE)
 
 
 class WithoutReceipt(flight.FlightServerBase):

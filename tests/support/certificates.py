@@ -34,14 +34,14 @@ class Authority:
         self.ca = directory / f"{name.replace(' ', '-')}.pem"
         self.ca.write_bytes(self._certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, name: str, to: Pair | None = None) -> Pair:
-        """A certificate for ``name`` on loopback; ``to`` are the files it replaces."""
+    def issue(self, name: str, to: Pair | None = None, valid: timedelta = timedelta(days=1)) -> Pair:
+        """A certificate for ``name`` on loopback; ``to`` are the files it replaces, ``valid`` is for how long from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = x509.SubjectAlternativeName(
             [x509.DNSName(name), x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         )
         certificate = (
-            _builder(_subject(name), self._name, key).add_extension(names, critical=False).sign(self._key, hashes.SHA256())
+            _builder(_subject(name), self._name, key, valid).add_extension(names, critical=False).sign(self._key, hashes.SHA256())
         )
         pair = to or Pair(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         pair.cert.write_bytes(certificate.public_bytes(Encoding.PEM))
@@ -53,7 +53,9 @@ def _subject(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, valid: timedelta = timedelta(days=1)
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -62,5 +64,5 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivate
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_after(now + valid)
     )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc
 
-from fraiseql_pipeline.encoding import MAX_FRAME_BYTES, frame, frames, schema_frame, to_wire, wire_schema
+from fraiseql_pipeline.encoding import MAX_FRAME_BYTES, checksum, frame, frames, schema_frame, to_wire, wire_schema
 from fraiseql_pipeline.event import COLUMNS, LAKE_SCHEMA, WIRE_SCHEMA
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.window import Window, WindowSize
@@ -105,3 +105,17 @@ def test_any_column_of_the_lake_can_be_asked_for_in_any_order() -> None:
 def test_the_instant_of_an_event_is_kept_to_the_microsecond() -> None:
     sent = to_wire(EVENTS, wire_schema()).column("timestamp")
     assert pc.cast(sent, LAKE_SCHEMA.field("timestamp").type) == EVENTS.column("timestamp")
+
+
+@pytest.mark.parametrize("columns", [("event_id", "data"), ("data", "event_id")])
+def test_a_checksum_is_the_sum_of_the_words_of_the_ids_wherever_their_column_is(columns: tuple[str, str]) -> None:
+    ids = ["00000000-0000-4000-8000-000000000001", "ffffffff-ffff-4fff-bfff-fffffffffffe"]
+
+    def summed(*chosen: str) -> int | None:
+        held = {"event_id": pa.array(chosen, pa.string()), "data": pa.array(["{}"] * len(chosen))}
+        return checksum(pa.record_batch({name: held[name] for name in columns}))
+
+    words = [int.from_bytes(one.encode()[at : at + 4], "little") for one in ids for at in range(0, 36, 4)]
+    assert summed(*ids) == sum(words)
+    odd = summed("an id of another length")
+    assert summed(ids[0], "an id of another length", ids[1]) == (sum(words) + (odd or 0)) % 2**64, "beside one that is no UUID, too"

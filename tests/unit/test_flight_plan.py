@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from fraiseql_pipeline.errors import LakeEmpty, TicketError, WindowMissing
 from fraiseql_pipeline.flight.plan import Plan, plan
 from fraiseql_pipeline.flight.view import View
-from fraiseql_pipeline.lake import Commit, Snapshot
+from fraiseql_pipeline.lake import Commit, File, Snapshot
 from fraiseql_pipeline.settings import Settings
 from fraiseql_pipeline.ticket import Ticket
-from fraiseql_pipeline.window import Window, WindowSize
+from fraiseql_pipeline.window import Window, WindowSize, to_micros
 from tests.support.commits import START, commit, hour, published
 
 
@@ -151,6 +151,21 @@ def test_days_and_hours_cover_a_range_together() -> None:
     assert planned(windows, START, hour(24).end).missing_windows == 0
     assert view(windows).stretches() == [(START, hour(24).end)]
     assert view(windows).extent == (START, hour(24).end)
+
+
+def test_a_file_is_left_out_where_one_window_has_all_of_it_and_was_settled_before() -> None:
+    windows = {window: replace(each, settled_pk=pk) for (window, each), pk in zip(published(0, 1).items(), (7, 9), strict=True)}
+
+    def file(low: datetime, high: datetime) -> File:
+        return File("", "", 0, 1, to_micros(low), to_micros(high))
+
+    inside = file(START, START + timedelta(minutes=59))
+    assert [view(windows).has_all_below(inside, pk) for pk in (6, 7)] == [False, True]
+    assert not view(windows).has_all_below(file(START, hour(1).start), 100), "it lies in two windows"
+    assert not view(windows).has_all_below(file(hour(5).start, hour(5).start), 100), "it lies in none"
+    day = Window(START, WindowSize.DAY)
+    overlapping = windows | {day: replace(commit(day), settled_pk=20)}
+    assert not view(overlapping).has_all_below(inside, 7), "another window has it, too"
 
 
 def test_stretches_end_at_holes() -> None:

@@ -163,6 +163,10 @@ def test_now_is_the_same_instant_wherever_a_ticket_says_it() -> None:
         ("events:%zz:now-1h:now:5", "percent sign"),
         ("events:%ff:now-1h:now:5", "percent sign"),
         (b"events:\xff:now-1h:now:5", "must be UTF-8 text, byte 7 is not"),
+        (
+            b"\n\x43type.googleapis.com/arrow.flight.protocol.sql.CommandStatementQuery\x12\xcb\x01\n\xc8\x01" + b"x" * 200,
+            "speaks no Flight SQL",
+        ),
         ("\ufeffevents:*:now-1h:now:5", "must look like"),
         ("[1]", "must look like"),
     ],

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import flight
 
 from fraiseql_pipeline import errors
-from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, LakeEmpty, TicketError, WindowMissing
+from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, InputError, LakeEmpty, TicketError, WindowMissing
 from fraiseql_pipeline.event import WIRE_SCHEMA
 from fraiseql_pipeline.flight import service as service_module
 from fraiseql_pipeline.flight.client import Client, connect
@@ -23,6 +23,7 @@ from fraiseql_pipeline.flight.server import FlightServer
 from fraiseql_pipeline.lake import Lake
 from tests.integration.flight.conftest import MIDNIGHT, hour, publish
 from tests.support.events import lake_events
+from tests.support.following import Followed
 
 ALL = "events:*:2026-11-01T00:00:00Z:2026-11-01T04:00:00Z:10000"
 
@@ -168,6 +169,20 @@ def test_a_server_at_its_limit_is_busy(lake: Lake, start_server: Callable[..., F
             next(held)
             with pytest.raises(FlightBusy, match="try again in a moment"):
                 client.read("events:*:2026-11-01:now:1000")
+
+
+def test_a_call_that_takes_longer_than_it_may_is_told_as_one(live: Followed) -> None:
+    with (
+        connect(live.server.url, timeout_seconds=0.2) as client,
+        pytest.raises(FlightUnavailable, match="took longer than the timeout_seconds it was given"),
+    ):
+        client.read(start="now-1h", follow=True)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_timeout_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(InputError, match="timeout_seconds must be more than 0"):
+        connect(timeout_seconds=seconds)
 
 
 def test_no_server_is_told_in_one_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,39 @@ def test_each_mistake_with_tls_is_told_as_what_it_is(
     assert "seems to speak TLS; connect to it with grpc+tls://" in str(without)
     unlike = _refused(server.url, tls_root_certs=authority.ca, cert_chain=pair.cert, private_key=theirs.key)
     assert (type(unlike), "each must be PEM" in str(unlike)) == (InputError, True)
+    shown = {"arrow_flight_tls_cert": str(pair.cert), "arrow_flight_tls_key": str(pair.key)}
+    unnamed = start_server(lake, arrow_flight_bind="127.0.0.2:0", **shown)
+    elsewhere = _refused(unnamed.url, tls_root_certs=authority.ca)
+    assert (type(elsewhere), "is not for that host" in str(elsewhere)) == (FlightRefused, True)
     spoken = _refused(plain.url.replace("grpc", "grpc+tls"), tls_root_certs=authority.ca)
     assert (type(spoken), "does not speak TLS" in str(spoken)) == (FlightRefused, True)
+
+
+def test_a_certificate_that_has_expired_is_told_as_one(
+    lake: Lake, start_server: Callable[..., FlightServer], authority: Authority
+) -> None:
+    pair = authority.issue("server", valid=timedelta(minutes=-1))
+    server = start_server(lake, arrow_flight_tls_cert=str(pair.cert), arrow_flight_tls_key=str(pair.key))
+    expired = _refused(server.url, tls_root_certs=authority.ca)
+    assert (type(expired), "has expired or is not valid yet" in str(expired)) == (FlightRefused, True)
+
+
+@pytest.mark.parametrize("url", ["https://localhost:50051", "grpc://localhost:port", "postgresql://ada:secret@localhost/app"])
+def test_a_url_that_is_none_of_a_flight_server_is_refused_before_a_call(url: str) -> None:
+    with pytest.raises(InputError, match=r"must be grpc://host:port or grpc\+tls://host:port") as refused:
+        connect(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_host_that_nobody_knows_is_told_as_one() -> None:
+    with connect("grpc://nobody.invalid:50051") as client, pytest.raises(FlightUnavailable, match="is not known here"):
+        client.read(TICKET)
+
+
+@pytest.mark.parametrize("half", ["cert_chain", "private_key"])
+def test_a_certificate_without_its_key_is_not_left_out_in_silence(half: str) -> None:
+    with pytest.raises(InputError, match="belong together"):
+        connect("grpc+tls://localhost:50051", **{half: b"half"})
 
 
 def test_the_command_line_reads_over_mutual_tls(

@@ -20,7 +20,7 @@ from fraiseql_pipeline.errors import FlightBusy, FlightUnavailable, TicketError
 from fraiseql_pipeline.flight import protocol
 from fraiseql_pipeline.flight import service as service_module
 from fraiseql_pipeline.flight import stream as stream_module
-from fraiseql_pipeline.flight.auth import new_token
+from fraiseql_pipeline.flight.auth import Caller, new_token
 from fraiseql_pipeline.flight.client import Client, connect
 from fraiseql_pipeline.flight.edge import Call
 from fraiseql_pipeline.flight.limits import HANDSHAKES_EACH, Running, Slots
@@ -103,6 +103,21 @@ def test_requests_that_end_because_their_call_was_cut_are_not_their_end() -> Non
     call.running.cut = "idle"
     with pytest.raises(ClientGone):
         list(call.received(iter([])))
+
+
+def test_a_call_that_ends_gives_back_one_slot() -> None:
+    slots, caller = Slots(Settings(arrow_flight_max_streams=2), lambda _: None), Caller("ada", None, frozenset())
+    try:
+        with slots.call("stream", caller, Mock(), shared=True):
+            for _ in range(3):
+                with slots.call("stream", caller, Mock(), shared=True):
+                    with (
+                        pytest.raises(FlightBusy, match="already sends 2 streams"),
+                        slots.call("stream", caller, Mock(), shared=True),
+                    ):
+                        pass
+    finally:
+        slots.close()
 
 
 def test_one_principal_cannot_take_all_streams(lake_uri: str, start_server: Callable[..., FlightServer], tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 import com.fasterxml.jackson.databind.JsonNode;
 import com.fasterxml.jackson.databind.ObjectMapper;
 import java.io.FileInputStream;
+import java.io.IOException;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.security.GeneralSecurityException;
 import java.time.Instant;
 import java.time.temporal.ChronoUnit;
 import java.util.HashMap;
@@ -48,18 +50,30 @@ public final class ReadEvents {
     for (; at + 2 < arguments.length && OPTIONS.contains(arguments[at]); at += 2) {
       files.put(arguments[at], arguments[at + 1]);
     }
-    if (arguments.length - at != 2) {
+    if (arguments.length - at != 2 || files.containsKey("--cert") != files.containsKey("--key")) {
       System.err.println("usage: read-events [--ca FILE] [--token-file FILE] [--cert FILE --key FILE] URL TICKET");
       System.exit(2);
     }
     ReadEvents events = new ReadEvents();
     try {
       events.read(new Location(arguments[at]), arguments[at + 1], files);
-    } catch (FlightRuntimeException | IllegalStateException refused) {
-      System.err.println(refused.getMessage());
+    } catch (FlightRuntimeException refused) {
+      System.err.println(reason(refused));
+      System.exit(1);
+    } catch (IOException | IllegalArgumentException | IllegalStateException wrong) { // a file, the URL, the receipt
+      System.err.println(wrong instanceof IOException ? wrong : wrong.getMessage());
       System.exit(1);
     }
     events.print();
+  }
+
+  /** The sentence of the server; where there was no connection, why: gRPC itself says "io exception" of every certificate. */
+  private static Object reason(FlightRuntimeException refused) {
+    Throwable first = refused;
+    while (first.getCause() != null) {
+      first = first.getCause();
+    }
+    return first instanceof IOException || first instanceof GeneralSecurityException ? first : refused.getMessage();
   }
 
   /** A client of a grpc:// or a grpc+tls:// server. Of the files, those may be missing that the server does not ask for. */
