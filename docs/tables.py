@@ -52,9 +52,11 @@ MISSED = {
     "event JSON to Arrow in events/s": "Events per second follow the machine, and this is a small one. The budget beside it, the ratio to "
     "what one would write without this package, was measured on the same lines.",
     "events/s, ours / polars read_database_uri(adbc) + write_delta": "Most processor time goes into the server's query and the driver's decoding, "
-    "and polars pays the same for both ([0002](decisions/0002-adbc-reads.md)). We validate every event besides, and polars does not.",
+    "and polars pays the same for both ([0002](decisions/0002-adbc-reads.md)). We validate every event besides, and polars does not. The wheel of the driver "
+    "is built without optimisation; [one that is not](tuning.md#a-driver-built-with-optimisation) comes nearer.",
     "events/s, ours / the server's own COPY": "The reference throws its rows away and has the processors to itself. Ours shares them between the "
-    "server, the driver, validation and Parquet, and the driver costs most after the server ([0002](decisions/0002-adbc-reads.md)).",
+    "server, the driver, validation and Parquet, and the driver costs most after the server ([0002](decisions/0002-adbc-reads.md)); "
+    "[built with optimisation](tuning.md#a-driver-built-with-optimisation) it costs a third.",
     "events/s of one warm stream in compact+zstd": "One stream is bound by its reader, who decompresses, and events per second follow the machine. "
     "The budget was set on events of the width of `typical`; `wide` has more bytes to decompress per event.",
     "first batch in ms, cold, slowest of all encodings": "The slowest is the first batch that a new server sends at all, which runs much "
