@@ -82,7 +82,8 @@ def status_of(error: Exception) -> Status:
         return Status(grpc.StatusCode.INTERNAL, f"Internal error, id {incident}; the server's log has the details under this id.")
     fallback = grpc.StatusCode.UNAVAILABLE if error.retryable else grpc.StatusCode.FAILED_PRECONDITION
     code = next((code for kind, code in _CODES if isinstance(error, kind)), fallback)
-    if not isinstance(error, InputError | FlightRefused):
+    # What a caller brings about is told to him and counted: one who asks in a loop must not fill the log.
+    if not isinstance(error, InputError | FlightRefused | FlightBusy):
         _log.warning("%s: %s", code.name, error)
     retry_after_seconds = error.retry_after_seconds if isinstance(error, FlightBusy) else None
     kind = type(error).__name__ if code is grpc.StatusCode.FAILED_PRECONDITION else None
