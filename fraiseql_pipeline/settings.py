@@ -178,11 +178,13 @@ class Settings(BaseSettings):
             return chosen(**overrides)
         except ValidationError as error:
             raise SettingsError(_explain(error)) from None
-        except (ValueError, OSError) as error:
+        except OSError:
+            raise SettingsError("The configuration file could not be read; this process must be allowed to read it.") from None
+        except ValueError as error:
             # tomllib's own errors quote what it could not read; of them, the place is told.
             place = re.search(r" \(at (line \d+, column \d+|end of document)\)$", str(error))
             raise SettingsError(
-                f"The configuration file could not be read: it must be valid TOML in UTF-8 without a byte order mark{place[0] if place else ''}."
+                f"The configuration file could not be read{place[0] if place else ''}: it must be valid TOML in UTF-8 without a byte order mark."
             ) from None
 
     @property

@@ -30,6 +30,7 @@ class _Sequence(NamedTuple):
 def preflight(connection: psycopg.Connection[Any]) -> Contract:
     """The contract this source keeps. Raises ``SourceRefused`` with what is wrong and what to do, ``SourceUnavailable`` when it broke off."""
     with translated():
+        _check_version(connection.info.server_version)  # first: older ones do not know what is asked
         source = _ask(connection, "preflight_source")[0]
         _check_source(source)
         columns = _check_columns(_ask(connection, "preflight_columns", {"table": source["table_oid"]}))
@@ -53,11 +54,12 @@ def _ask(connection: psycopg.Connection[Any], name: str, parameters: Mapping[str
         return cursor.execute(sql(name), parameters).fetchall()
 
 
+def _check_version(version: int) -> None:
+    if version < _OLDEST_SERVER:
+        raise SourceRefused(f"The server is Postgres {version // 10_000}; the change log must be on Postgres 14 or newer.")
+
+
 def _check_source(source: Mapping[str, Any]) -> None:
-    if source["server_version"] < _OLDEST_SERVER:
-        raise SourceRefused(
-            f"The server is Postgres {source['server_version'] // 10_000}; the change log must be on Postgres 14 or newer."
-        )
     if source["standby"]:
         raise SourceRefused(
             "This Postgres is a standby: it cannot see the transactions of its primary, so no window can be proved complete; "
@@ -206,7 +208,8 @@ def _warnings(source: Mapping[str, Any], columns: Mapping[str, str], sequence: _
     for column, part in sorted((source["unindexed"] or {}).items()):
         reads = "every window reads" if column == "created_at" else "every settlement and every look for late events reads"
         warnings.append(
-            f"{part} has no index on {column}, so {reads} the whole table; CREATE INDEX CONCURRENTLY ON {part} ({column})."
+            f"{part} has no B-tree index that begins with {column}, so {reads} more of it than it needs, or all of it; "
+            f"CREATE INDEX CONCURRENTLY ON {part} ({column})."
         )
     if missing := [name for name in OPTIONAL if name not in columns]:
         warnings.append(f"{TABLE} is of an older contract: {_listed('column', missing)} will be null.")

@@ -50,11 +50,6 @@ class Turns:
         finally:
             self._waiting.release()
 
-    @property
-    def taken(self) -> bool:
-        """Whether somebody asks now."""
-        return self._asking.locked()
-
 
 def _too_slow() -> FlightUnavailable:
     return FlightUnavailable(

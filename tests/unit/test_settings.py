@@ -215,13 +215,23 @@ def test_wrong_lake_options_are_told_without_their_text(options: str, monkeypatc
 def test_a_broken_file_is_told_with_the_place_and_without_its_text(text: str, place: str, tmp_path: Path) -> None:
     message = refusal(write(tmp_path, text))
     wanted = place.format(len(SECRET) + 6)
-    assert message == f"The configuration file could not be read: it must be valid TOML in UTF-8 without a byte order mark{wanted}."
+    assert message == f"The configuration file could not be read{wanted}: it must be valid TOML in UTF-8 without a byte order mark."
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     config = tmp_path / "settings.toml"
     config.write_bytes(b"\xff\xfe\x00")
     assert refusal(config).endswith("must be valid TOML in UTF-8 without a byte order mark.")
+
+
+def test_a_file_that_cannot_be_read_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, "window = 'day'")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(config))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(config) == "The configuration file could not be read; this process must be allowed to read it."
 
 
 def test_a_missing_file_is_told_by_its_name_alone(tmp_path: Path) -> None:

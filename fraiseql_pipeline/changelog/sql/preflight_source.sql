@@ -26,7 +26,6 @@ SELECT pg_is_in_recovery()                                          AS standby,
        pg_has_role('pg_read_all_stats', 'USAGE')                    AS may_see_sessions,
        current_setting('track_activities')::boolean                 AS tracks_sessions,
        (SELECT array_agg(p.polname::text ORDER BY p.polname) FROM pg_policy p WHERE p.polrelid = c.oid) AS policies,
-       current_setting('server_version_num')::integer               AS server_version,
        (SELECT pg_encoding_to_char(d.encoding) = 'SQL_ASCII' FROM pg_database d
          WHERE d.datname = current_database())                       AS unencoded,
        current_setting('quote_all_identifiers')::boolean            AS quotes_all,

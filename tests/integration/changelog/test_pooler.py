@@ -16,6 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from fraiseql_pipeline import pipeline
 from fraiseql_pipeline.changelog import open_changelog
+from fraiseql_pipeline.errors import SourceRefused
 from fraiseql_pipeline.event import EVENT_SCHEMA
 from fraiseql_pipeline.lake import Lake
 from fraiseql_pipeline.settings import Settings
@@ -34,8 +35,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def pooled_url(changelog_url: str, short_directory: Path) -> Iterator[str]:
-    """The change log through a pooler with few server connections, which it swaps between transactions."""
+def pooled_url(changelog_url: str, short_directory: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The change log through a pooler with few server connections, which it swaps between transactions, or as the parameter says."""
     server = conninfo_to_dict(changelog_url)
     database, socket = server["dbname"], server["host"]
     short_directory.chmod(0o777)
@@ -49,7 +50,7 @@ listen_addr =
 unix_socket_dir = {short_directory}
 auth_type = trust
 auth_file = {short_directory / "users"}
-pool_mode = transaction
+pool_mode = {getattr(request, "param", "transaction")}
 default_pool_size = {POOL_SIZE}
 server_round_robin = 1
 """
@@ -88,6 +89,13 @@ def test_windows_through_a_pooler_are_those_read_directly(changelog_url: str, po
         assert done[0].commit.accepted_rows == 3_000
         hashes.append(done[0].commit.content_hash)
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("pooled_url", ["statement"], indirect=True)
+def test_a_pooler_that_takes_no_transactions_is_refused_as_one(pooled_url: str, tmp_path: Path) -> None:
+    settings = Settings(database_url=pooled_url, lake_uri=str(tmp_path / "lake"), start=WINDOW.start)
+    with open_changelog(settings) as changelog, pytest.raises(SourceRefused, match="is behind a pooler in statement mode"):
+        pipeline.materialize([WINDOW], settings=settings, changelog=changelog, lake=Lake.of(settings))
 
 
 def test_a_pooled_connection_of_somebody_else_has_its_own_settings_after_our_work(

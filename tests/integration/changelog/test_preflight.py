@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from fraiseql_pipeline.changelog import ChangeLog, Contract, embedded
+from fraiseql_pipeline.changelog import preflight as preflight_module
 from fraiseql_pipeline.changelog.append import Appender
 from fraiseql_pipeline.changelog.connection import explain_text, sql
 from fraiseql_pipeline.changelog.contract import OPTIONAL, REQUIRED
@@ -112,6 +113,13 @@ def test_missing_columns_are_named(changelog_url: str, owner: psycopg.Connection
         _preflight(changelog_url)
 
 
+def test_a_server_that_is_too_old_is_refused_before_it_is_asked(changelog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_module, "_OLDEST_SERVER", 990_000)
+    monkeypatch.setattr(preflight_module, "_ask", lambda *_: pytest.fail("an older server may not know what is asked"))
+    with pytest.raises(SourceRefused, match=r"The server is Postgres \d\d; the change log must be on Postgres 14 or newer"):
+        _preflight(changelog_url)
+
+
 def test_columns_of_an_unreadable_type_are_named(changelog_url: str, owner: psycopg.Connection[Any]) -> None:
     owner.execute(f"ALTER TABLE {_TABLE} ALTER COLUMN duration_ms TYPE numeric, ALTER COLUMN trace_id TYPE bytea USING NULL")
     with pytest.raises(SourceRefused, match="trace_id is bytea, not text; duration_ms is numeric, not integer"):
@@ -131,16 +139,16 @@ def test_a_change_log_without_an_index_on_its_times_is_read_with_a_warning(
     [
         (
             f"ALTER TABLE {_TABLE} DROP CONSTRAINT tb_entity_change_log_pkey",
-            f"{_TABLE} has no index on pk_entity_change_log, so every settlement",
+            f"{_TABLE} has no B-tree index that begins with pk_entity_change_log, so every settlement",
         ),
-        ("DROP INDEX core.idx_entity_log_created", f"{_TABLE} has no index on created_at, so every window"),
+        ("DROP INDEX core.idx_entity_log_created", f"{_TABLE} has no B-tree index that begins with created_at, so every window"),
         (
             f"DROP INDEX core.idx_entity_log_created; CREATE INDEX ON {_TABLE} (created_at) WHERE object_type = 'Order'",
-            f"{_TABLE} has no index on created_at",
+            f"{_TABLE} has no B-tree index that begins with created_at",
         ),
         (
             f"CREATE TABLE core.newest (PRIMARY KEY (created_at, pk_entity_change_log)) INHERITS ({_TABLE})",
-            "core.newest has no index on pk_entity_change_log",
+            "core.newest has no B-tree index that begins with pk_entity_change_log",
         ),
     ],
     ids=["its key", "its time", "a part of its rows", "the key of a part"],
@@ -180,7 +188,7 @@ def test_an_older_contract_passes_and_its_missing_columns_are_null(database: str
         ).fetchone()
     assert row == ("bigint", "2026-11-01 12:00:00+00", "o1", '{"a": 1.10}', None, None)
     index, missing, zone = contract.warnings
-    assert "no index on created_at" in index
+    assert "no B-tree index that begins with created_at" in index
     assert "trace_id" in missing
     assert "created_at" in zone
     assert "read as UTC" in zone

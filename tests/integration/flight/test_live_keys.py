@@ -366,7 +366,7 @@ def test_who_waits_too_long_for_the_log_or_with_too_many_is_told_so(
         live.reaches(pks[-1])
         live.keys(start=LAST)
         turns = live.service._turns
-        eventually(lambda: not turns.taken)
+        eventually(lambda: not turns._asking.locked())
         if too == "long":
             monkeypatch.setattr(turns_module, "_TURN_SECONDS", 0.05)
         else:
@@ -377,7 +377,7 @@ def test_who_waits_too_long_for_the_log_or_with_too_many_is_told_so(
         with psycopg.connect(live.url) as locked:
             locked.execute("LOCK TABLE core.tb_entity_change_log IN ACCESS EXCLUSIVE MODE")
             first.start()
-            eventually(lambda: turns.taken)
+            eventually(turns._asking.locked)
             with pytest.raises(FlightUnavailable, match="the change log gives them too slowly for all who wait"):
                 live.client.info(start=LAST - 40 * HOUR, end=LAST - 39 * HOUR)
             assert live.client.info(start=LAST, end=LAST + timedelta(minutes=1)).rows is None, "what is here waits for nobody"

@@ -75,7 +75,7 @@ def test_streams_that_are_abandoned_give_their_memory_back(lake: Lake, start: St
         for _ in range(streams):
             with flight.connect(url) as client:
                 client.do_get(ticket).read_chunk()  # the connection ends with the block, not the stream
-        eventually(lambda: not open_frames(server.pid))  # files of streams that nobody reads
+        eventually(lambda: not open_frames(server.pid), 5)  # files of streams that nobody reads
         return private_mib(server.pid)
 
     first = abandon(20)
