@@ -65,6 +65,7 @@ def test_every_metric_that_is_shown_moves(lake_uri: str, start_server: Callable[
     assert after["fraiseql_pipeline_flight_rows_total"] > ROWS
     assert after['fraiseql_pipeline_flight_requests_total{code="OK",method="DoGet"}'] == 3
     assert after['fraiseql_pipeline_flight_requests_total{code="UNAUTHENTICATED",method="DoGet"}'] == 1
+    assert after["fraiseql_pipeline_flight_first_message_seconds_count"] == 4, "once for each stream that was sent"
     assert after['fraiseql_pipeline_flight_auth_failures_total{reason="missing"}'] == 1
     assert after['fraiseql_pipeline_flight_streams_cut_total{reason="stalled"}'] == 1
     assert after["fraiseql_pipeline_flight_stalled_seconds_total"] > 0.2
