@@ -43,9 +43,9 @@ _TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
 #: Entries that are kept, whatever their size: one takes 3.2 KB of memory beside its file, and anybody who reads can ask in ever new ways.
 MAX_ENTRIES = 16_384
 
-#: Events filled after which memory is given back, as soon as nothing is being filled: 5 to 10 ms that no reader waits for. Without
-#: it a server that has filled 1,000,000 wide events holds 71 to 99 MiB of what encoding has freed in one encoding and 86 to 127 in
-#: six, with it 25 to 38 and 56 to 77.
+#: Events filled after which memory is given back, as soon as nothing is being filled: 5 to 10 ms that no reader waits for. What the
+#: last of them leave, up to so many, stays until the next. A server that has filled 1,000,000 wide events holds 71 to 99 MiB of what
+#: encoding has freed in one encoding and 86 to 127 in six without it, 25 to 91 and 56 to 95 with it.
 TIDY_ROWS = 100_000
 
 #: What the end waits for threads that fill entries: one message takes milliseconds, but a storage may take its time.
