@@ -71,8 +71,8 @@ def main() -> None:
     files = {"tls_root_certs": chosen.ca, "cert_chain": chosen.cert, "private_key": chosen.key}
     try:
         headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
-        client = flight.connect(chosen.url, **{name: Path(file).read_bytes() for name, file in files.items() if file})
-        table = client.do_get(flight.Ticket(chosen.ticket), flight.FlightCallOptions(headers=headers)).read_all()
+        with flight.connect(chosen.url, **{name: Path(file).read_bytes() for name, file in files.items() if file}) as client:
+            table = client.do_get(flight.Ticket(chosen.ticket), flight.FlightCallOptions(headers=headers)).read_all()
     except (flight.FlightError, pa.ArrowException, OSError) as refused:
         sys.exit(str(refused))
 

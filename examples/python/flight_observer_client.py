@@ -39,13 +39,13 @@ def main() -> None:
     files = {"tls_root_certs": chosen.ca, "cert_chain": chosen.cert, "private_key": chosen.key}
     try:
         headers = [(b"authorization", f"Bearer {chosen.token_file.read_text().strip()}".encode())] if chosen.token_file else []
-        client = flight.connect(
+        with flight.connect(
             f"{'grpc+tls' if chosen.ca else 'grpc'}://{chosen.host}:{chosen.port}",
             **{name: Path(file).read_bytes() for name, file in files.items() if file},
-        )
-        ticket = flight.Ticket(f"events:{chosen.entity_type}:{start}:{end}:10000")
-        reader = client.do_get(ticket, flight.FlightCallOptions(headers=headers))
-        events = pl.from_arrow(reader.read_all())
+        ) as client:
+            ticket = flight.Ticket(f"events:{chosen.entity_type}:{start}:{end}:10000")
+            reader = client.do_get(ticket, flight.FlightCallOptions(headers=headers))
+            events = pl.from_arrow(reader.read_all())
     except (flight.FlightError, pa.ArrowException, OSError) as refused:
         sys.exit(str(refused))
 
