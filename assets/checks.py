@@ -21,7 +21,7 @@ from fraiseql_pipeline.event import LAKE_SCHEMA, PARTITION
 from fraiseql_pipeline.lake import Snapshot
 from fraiseql_pipeline.pipeline import Materialization
 from fraiseql_pipeline.settings import Settings
-from fraiseql_pipeline.validate import TOLERATED_ROWS
+from fraiseql_pipeline.validate import tolerated_rows
 from fraiseql_pipeline.window import Window
 
 from .readback import READBACK
@@ -123,7 +123,7 @@ def _accounted(one: Materialization) -> dg.AssetCheckResult:
 def _share(one: Materialization, settings: Settings) -> dg.AssetCheckResult:
     commit = one.commit
     halts = settings.max_rejected_share
-    tolerated = TOLERATED_ROWS if halts else 0
+    tolerated = tolerated_rows(halts)
     return dg.AssetCheckResult(
         passed=commit.quarantined_rows <= max(tolerated, commit.source_rows * halts * _WARN_AT),
         check_name="quarantine_share",

@@ -13,12 +13,10 @@ import traceback
 import dagster as dg
 
 from fraiseql_pipeline.errors import PipelineError, SettleTimeout, WindowMissing
+from fraiseql_pipeline.pipeline import NAMED
 
 #: Three more attempts, after 5, 15 and 35 s (± jitter): long enough for a failover or a busy store, short enough to be told about.
 RETRIES = dg.RetryPolicy(max_retries=3, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-
-#: Refused windows that a failure lists, each with its reason; as many as its sentence names.
-_NAMED = 100
 
 #: How a step is told to stop: by a signal, or by somebody who terminates the run. No ``Exception``, and a step with a policy for retries
 #: that let it through would be retried.
@@ -45,9 +43,9 @@ def _details(error: PipelineError) -> dict[str, str | dg.MarkdownMetadataValue]:
         details["blockers"] = dg.MetadataValue.md("\n".join(f"- {blocker}" for blocker in error.blockers))
     if isinstance(error, WindowMissing) and error.missing:
         details["missing windows"] = dg.MetadataValue.md("\n".join(f"- {key}" for key in error.missing))
-    # Of several, or of a run that ended for another reason, the sentence does not have each one's.
+    # Of several, or of a run that ended for another reason, the sentence does not have each one's. As many are listed as it names.
     if error.refused and str(error) != str(error.refused[0][1]):
-        lines = [f"- {key}: {refusal}" for key, refusal in error.refused[:_NAMED]]
-        more = [f"- and {len(error.refused) - _NAMED} more"] if len(error.refused) > _NAMED else []
+        lines = [f"- {key}: {refusal}" for key, refusal in error.refused[:NAMED]]
+        more = [f"- and {len(error.refused) - NAMED} more"] if len(error.refused) > NAMED else []
         details["refused windows"] = dg.MetadataValue.md("\n".join(lines + more))
     return details

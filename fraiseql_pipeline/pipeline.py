@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 _TIDY_EVERY = 4
 
 #: Windows that an error names; a run of Dagster has 96 at most as it comes.
-_NAMED = 100
+NAMED = 100
 
 #: Validated batches that may wait while the encoder has one: enough to keep both sides busy. More only cost memory (about 16 MiB each).
 _AHEAD = 1
@@ -355,8 +355,8 @@ def _refusal(refused: Mapping[Window, PipelineError], windows: int) -> PipelineE
     first = copy(keyed[0][1])
     first.refused = keyed
     if others := [key for key, _ in keyed[1:]]:
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-        first.args = (f"{first} Refused were {len(keyed)} of {windows} windows, the others: {', '.join(others[:_NAMED])}{more}.",)
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        first.args = (f"{first} Refused were {len(keyed)} of {windows} windows, the others: {', '.join(others[:NAMED])}{more}.",)
     return first
 
 

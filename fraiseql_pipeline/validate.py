@@ -213,6 +213,11 @@ class Validator:
         )
 
 
+def tolerated_rows(max_rejected_share: float) -> int:
+    """How many rejected rows halt no window, however few it has."""
+    return TOLERATED_ROWS if max_rejected_share > 0 else 0
+
+
 def check_share(
     window: Window, accepted_rows: int, quarantined_rows: int, reasons: Mapping[str, int], max_rejected_share: float
 ) -> None:
@@ -221,9 +226,8 @@ def check_share(
     Up to ``TOLERATED_ROWS`` rejected rows never halt a window, unless the share is 0: then the first one does.
     """
     rows = accepted_rows + quarantined_rows
-    tolerated = TOLERATED_ROWS if max_rejected_share > 0 else 0
     # As it is written: 0.29 as a binary fraction is less than 29 of 100.
-    if quarantined_rows <= tolerated or quarantined_rows <= rows * Decimal(repr(max_rejected_share)):
+    if quarantined_rows <= tolerated_rows(max_rejected_share) or quarantined_rows <= rows * Decimal(repr(max_rejected_share)):
         return
     counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
     raise ValidationHalted(
